@@ -1,0 +1,36 @@
+# `make help` lists the targets. Everything is installed into .venv, from conda.yaml's pip list.
+PYTHON ?= python3.11
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+READY := .venv/.ready
+
+.PHONY: help demo test test-all lint bench server clean
+
+help:     ## List the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(READY)     ## Render the demo catalogue, train its recogniser, say where the results are
+	mlflow run . -e train --env-manager local --experiment-name demo
+
+test: $(READY)     ## Run the tests (about 5 minutes)
+	pytest
+
+test-all: $(READY) ## Run the slow tests too
+	pytest -m ""
+
+lint: $(READY)     ## Check style and types
+	ruff check . && ruff format --check . && mypy aliprod entrypoints tracking
+
+bench: $(READY)    ## Measure the ways of doing the same work against each other
+	python -m benchmarks
+
+server: $(READY)   ## Open the tracking server's pages at http://127.0.0.1:5000
+	mlflow server --host 127.0.0.1 --port 5000
+
+clean:             ## Remove what was installed; runs and data stay
+	rm -rf .venv
+
+$(READY): conda.yaml pyproject.toml
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --upgrade pip
+	python -m pip install --quiet --editable . --group dev
+	touch $@

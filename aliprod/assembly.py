@@ -1,0 +1,82 @@
+"""What a round needs, put together from its recipe row and a data folder: rows, classes, model, inputs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from aliprod import InputError, features, manifest, taxonomy
+from aliprod.features import Features
+from aliprod.images import Images
+from aliprod.model import Recogniser, load_backbone
+from aliprod.recipe import Round
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The rows a round trains and validates on; `classes` has class_id, name, path, num_train, by label."""
+
+    train: pd.DataFrame
+    val: pd.DataFrame
+    classes: pd.DataFrame
+    tree: taxonomy.Taxonomy | None
+
+
+def tables(row: Round, data: str | Path) -> Tables:
+    """Reads and selects the rows of `row` in the folder `data`; of val, those whose class is trained on."""
+    train = manifest.read(data, row.manifest, row.seed)
+    if row.samples_per_class:
+        train = manifest.select(train, *row.samples_per_class)
+    tree_path = Path(data) / "product_tree.json"
+    tree = taxonomy.read(tree_path) if tree_path.exists() else None
+    classes = describe(manifest.class_index(train), tree)
+    if len(classes) < 2:
+        raise InputError(f"{data}: {row.manifest} holds {len(classes)} class; at least 2 are needed")
+    val = manifest.read(data, "val")
+    val = val[manifest.labels(val, classes) >= 0].reset_index(drop=True)
+    if val.empty:
+        raise InputError(f"{data}: val.json holds no photograph of the {len(classes)} classes trained on")
+    return Tables(train, val, classes, tree)
+
+
+def describe(classes: pd.DataFrame, tree: taxonomy.Taxonomy | None) -> pd.DataFrame:
+    """`classes` with the name and path of each in the tree, "" where unknown."""
+    known = tree.describe(classes["class_id"]) if tree else {"name": "", "path": ""}
+    return classes.assign(**known)[["class_id", "name", "path", "num_train"]]
+
+
+def device() -> torch.device:
+    """The accelerator, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def model(row: Round, num_classes: int, init: str) -> Recogniser:
+    """A fresh head on the backbone that `init` gives (as of load_backbone), on the device."""
+    torch.manual_seed(row.seed)
+    made = Recogniser(row.backbone, num_classes, row.image_size)
+    load_backbone(made, init)
+    return made.to(device())
+
+
+def inputs(
+    made: Recogniser,
+    row: Round,
+    table: pd.DataFrame,
+    classes: pd.DataFrame,
+    data: str | Path,
+    cache: str | Path,
+    augment: str,
+) -> Images | Features:
+    """The rows of `table` as the round feeds them: embeddings from the cache where the backbone is frozen and
+    nothing is augmented, photographs otherwise."""
+    images = Images(
+        manifest.paths(table, data),
+        manifest.labels(table, classes),
+        made.preprocessing,
+        augment=augment,
+        seed=row.seed,
+        max_corrupt_share=row.max_corrupt_share,
+    )
+    cached = row.freeze == "all" and row.augment == "none"
+    return features.compute(made, images, cache, row.precision) if cached else images

@@ -1,0 +1,160 @@
+"""Manifests: which photograph is filed under which class, as tables with split, class_id, image_id.
+
+JSON to tables, balance, select, class index. Class ids stay strings; a row's key is all three columns,
+since image ids repeat across splits. Everything is vectorised: 2.5 million rows are the design size.
+"""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+
+from aliprod import InputError
+
+COLUMNS = ["split", "class_id", "image_id"]
+
+
+class _Image(msgspec.Struct, gc=False):
+    image_id: str
+    class_id: str = ""
+
+
+class _Split(msgspec.Struct):
+    images: list[_Image]
+
+
+def read_json(path: str | Path) -> pd.DataFrame:
+    """Reads `<split>.json` of a data folder: {"images": [{"class_id": "00012", "image_id": "x.jpg"}, ...]}.
+
+    Returns a table with columns split, class_id, image_id, in the file's order. InputError names the file
+    and the record: not JSON, an id that is no string, a name that leaves its folder, a photograph listed twice.
+    """
+    path = Path(path)
+    try:
+        images = msgspec.json.decode(path.read_bytes(), type=_Split).images
+    except msgspec.MsgspecError as error:
+        raise InputError(f"{path}: {error}") from None
+    table = pd.DataFrame(
+        {
+            "class_id": pd.array([image.class_id for image in images], dtype="str"),
+            "image_id": pd.array([image.image_id for image in images], dtype="str"),
+        }
+    )
+    table.insert(0, "split", pd.array([path.stem] * len(table), dtype="str"))
+    _refuse(path, table, table.duplicated(), "this photograph is listed twice")
+    if path.stem != "test":
+        _refuse(path, table, table["class_id"] == "", "class_id is missing")
+    return _checked(path, table)
+
+
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """Reads a table written by `write_csv`. InputError names the file and what is wrong with it."""
+    path = Path(path)
+    try:
+        table = pa.csv.read_csv(
+            path, convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pa.string()))
+        ).to_pandas()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path}: not a CSV table: {error}") from None
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise InputError(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}")
+    return _checked(path, table[COLUMNS].astype("str"))
+
+
+def write_csv(table: pd.DataFrame, path: str | Path) -> None:
+    """Writes any table as CSV, beside the target first, so that no half-written file is ever seen."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(_csv_bytes(table))
+    beside.replace(path)
+
+
+def digest(table: pd.DataFrame) -> str:
+    """First 16 hex digits of the SHA-256 of the table as `write_csv` writes it (compare `sha256sum x.csv`)."""
+    return hashlib.sha256(_csv_bytes(table)).hexdigest()[:16]
+
+
+def read(data: str | Path, name: str, seed: int = 0) -> pd.DataFrame:
+    """The manifest that a round asks for: a split of the data folder, "balanced", or the path of a CSV."""
+    data = Path(data)
+    if name.endswith(".csv"):
+        return read_csv(name)
+    path = data / f"{'train' if name == 'balanced' else name}.json"
+    if not path.is_file():
+        raise InputError(
+            f"{path} not found: a data folder holds train.json, val.json and <split>/<class_id>/<image_id>"
+        )
+    table = read_json(path)
+    return balance(table, seed) if name == "balanced" else table
+
+
+def balance(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Caps the frequent classes as the seed did, by a random choice; row order is kept.
+
+    Classes of 400 photographs or more keep 400, of 200 to 399 keep 200, of 100 to 199 keep 100, others all.
+    """
+    codes, _ = pd.factorize(table["class_id"])
+    counts = np.bincount(codes)
+    quotas = np.select([counts >= 400, counts >= 200, counts >= 100], [400, 200, 100], counts)
+    order = np.lexsort((np.random.default_rng(seed).random(len(table)), codes))
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(table)) - starts[codes[order]]  # place within its class, in random order
+    return table.iloc[np.sort(order[rank < quotas[codes[order]]])].reset_index(drop=True)
+
+
+def select(table: pd.DataFrame, least: int, most: int) -> pd.DataFrame:
+    """Rows of the classes with `least` to `most` photographs in this table, both inclusive."""
+    counts = table.groupby("class_id")["class_id"].transform("size")
+    chosen = table[counts.between(least, most)].reset_index(drop=True)
+    if chosen.empty:
+        raise InputError(
+            f"samples_per_class [{least}, {most}]: no class is in this range; "
+            f"the classes here have {counts.min()} to {counts.max()} photographs"
+        )
+    return chosen
+
+
+def class_index(table: pd.DataFrame) -> pd.DataFrame:
+    """The classes of a table in the order of their ids: class_id, num_train; the row number is the label."""
+    return table.groupby("class_id").size().rename("num_train").reset_index()
+
+
+def labels(table: pd.DataFrame, classes: pd.DataFrame) -> np.ndarray:
+    """Label of every row (N,) int64: its class's row in `classes`, -1 where that class is not among them."""
+    return pd.Index(classes["class_id"]).get_indexer(table["class_id"]).astype(np.int64)
+
+
+def paths(table: pd.DataFrame, data: str | Path) -> list[str]:
+    """Path of every row's photograph: <data>/<split>/<class_id>/<image_id>."""
+    folders = f"{data}{os.sep}" + table["split"] + os.sep + table["class_id"] + os.sep
+    return (folders + table["image_id"]).tolist()
+
+
+def _csv_bytes(table: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    options = pa.csv.WriteOptions(quoting_style="needed")
+    pa.csv.write_csv(pa.Table.from_pandas(table, preserve_index=False), buffer, options)
+    return buffer.getvalue()
+
+
+def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    if table.empty:
+        raise InputError(f"{path}: it lists no photographs")
+    for column in COLUMNS:
+        wrong = table[column].str.contains(r"[/\\\x00]", regex=True) | table[column].isin([".", ".."])
+        _refuse(path, table, wrong, f"{column} must be a plain name, without / or \\")
+    _refuse(path, table, table["image_id"] == "", "image_id is missing")
+    return table
+
+
+def _refuse(path: Path, table: pd.DataFrame, wrong: pd.Series, why: str) -> None:
+    if wrong.any():
+        number = int(np.argmax(wrong.to_numpy()))
+        row = table.iloc[number]
+        raise InputError(f"{path}: record {number} (class_id {row['class_id']!r}, image_id {row['image_id']!r}): {why}")

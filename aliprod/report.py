@@ -1,0 +1,160 @@
+"""What people read: an evaluation's scores, tables and figures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from aliprod import InputError, features, images, manifest, metrics
+from aliprod.images import Images
+from aliprod.model import Recogniser
+from aliprod.prediction import predict
+from aliprod.training import Report
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on a split: what to log as metrics, as tables and as figures, and what could not be read."""
+
+    scores: dict[str, float]
+    predictions: pd.DataFrame  # one row a photograph: its key, and the columns of `predict`
+    per_class: pd.DataFrame  # as of metrics.per_class
+    select_list: pd.DataFrame  # as of metrics.select_list
+    corrupt: pd.DataFrame  # split, class_id, image_id, reason
+    figures: dict[str, Figure]
+
+
+def evaluate(
+    model: Recogniser,
+    classes: pd.DataFrame,
+    table: pd.DataFrame,
+    data: str | Path,
+    cache: str | Path,
+    *,
+    precision: str = "fp32",
+    max_corrupt_share: float = 1.0,
+) -> Evaluation:
+    """Scores `model` on the rows of `table` whose class it knows.
+
+    scores: those of metrics.summary; coverage_classes and coverage_rows, the shares of the table's classes and
+    rows that the model knows. InputError if it knows none. Embeddings are kept in `cache`.
+    """
+    labels = manifest.labels(table, classes)
+    known = table[labels >= 0].reset_index(drop=True)
+    if known.empty:
+        raise InputError(f"none of the {table['class_id'].nunique()} classes of this split is known to the model")
+    paths = manifest.paths(known, data)
+    source = features.compute(
+        model,
+        Images(paths, labels[labels >= 0], model.preprocessing, max_corrupt_share=max_corrupt_share),
+        cache,
+        precision,
+    )
+    predictions = known.join(predict(model, source, precision), how="inner")
+    predictions["embedding"] = source.codes[predictions.index]
+    predictions.attrs["embeddings"] = source.digest  # whose rows `embedding` counts
+    if predictions.empty:
+        raise InputError(f"none of the {len(known)} photographs can be read; the first: {source.corrupt[0]}")
+    table_classes = table["class_id"].nunique()
+    per_class = metrics.per_class(predictions, classes)
+    scores = metrics.summary(predictions) | {
+        "coverage_classes": known["class_id"].nunique() / table_classes,
+        "coverage_rows": len(known) / len(table),
+    }
+    files = pd.Series(paths)[predictions.index]
+    return Evaluation(
+        scores=scores,
+        predictions=predictions,
+        per_class=per_class,
+        select_list=metrics.select_list(predictions, classes),
+        corrupt=known.iloc[list(source.corrupt)].assign(reason=list(source.corrupt.values())),
+        figures={
+            "map_by_frequency": map_by_frequency(per_class),
+            "confusion": confusion(predictions, per_class),
+            "mistakes": mistakes(predictions, classes, files),
+        },
+    )
+
+
+def curves(reports: list[Report]) -> Figure:
+    """Loss and learning rate by step; GAP and MAP by epoch."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss, lr, scores = figure.subplots(1, 3)
+    points = pd.DataFrame([point for report in reports for point in report.curve])
+    epochs = [report for report in reports if report.val or report.train]
+    if not points.empty:
+        loss.plot(points["step"], points["loss"], linewidth=0.8, label="train, a step")
+        lr.plot(points["step"], points["lr"])
+    loss.plot(
+        [report.step for report in epochs], [report.train["loss"] for report in epochs], "o-", label="train, an epoch"
+    )
+    if validated := [report for report in epochs if report.val]:
+        loss.plot(
+            [report.step for report in validated], [report.val["loss"] for report in validated], "o-", label="val"
+        )
+        for name in ("gap", "map"):
+            scores.plot(
+                [report.epoch for report in validated],
+                [report.val[name] for report in validated],
+                "o-",
+                label=f"val {name}",
+            )
+        scores.legend()
+    loss.set(title="loss", xlabel="step", yscale="log")
+    lr.set(title="learning rate", xlabel="step")
+    scores.set(title="GAP and MAP", xlabel="epoch")
+    loss.legend()
+    return figure
+
+
+def map_by_frequency(per_class: pd.DataFrame, groups: int = 6) -> Figure:
+    """MAP of classes grouped by their number of training photographs, rare to frequent, each group as large."""
+    seen = per_class.dropna(subset="accuracy")
+    group = pd.qcut(seen["num_train"].rank(method="first"), min(groups, len(seen)), labels=False)
+    bars = seen.groupby(group).agg(
+        least=("num_train", "min"), most=("num_train", "max"), map=("accuracy", "mean"), size=("accuracy", "size")
+    )
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{row.least}-{row.most}\n({row.size} classes)" for row in bars.itertuples()]
+    axes.bar_label(axes.bar(names, bars["map"]), fmt="%.2f")
+    axes.set(title="MAP by training photographs a class", ylim=(0, 1.08), ylabel="MAP")
+    return figure
+
+
+def confusion(predictions: pd.DataFrame, per_class: pd.DataFrame, worst: int = 15) -> Figure:
+    """Where the photographs of the least recognised classes go: rows the truth, columns the answer, in shares."""
+    seen = per_class[per_class["num_val"] > per_class["num_correct"]]
+    wrong = seen.assign(errors=seen["num_val"] - seen["num_correct"])
+    labels = wrong.sort_values(["accuracy", "errors"], ascending=[True, False]).index[:worst]
+    rows = predictions[predictions["label"].isin(labels)]
+    shares = pd.crosstab(rows["label"], rows["pred"], normalize="index").reindex(index=labels)
+    columns = list(labels.intersection(shares.columns)) + [c for c in shares.columns if c not in labels]
+    shares = shares[columns]
+    titles = (per_class["class_id"] + " " + per_class["name"]).str.slice(0, 24)
+    figure = Figure(figsize=(3 + 0.3 * max(4, len(columns)), 2.5 + 0.3 * max(4, len(labels))), layout="constrained")
+    axes = figure.subplots()
+    if len(labels):
+        axes.imshow(shares, cmap="magma", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(columns)), titles[columns], rotation=90, fontsize=7)
+        axes.set_yticks(range(len(labels)), titles[labels], fontsize=7)
+    axes.set(title="Least recognised classes", xlabel="taken for", ylabel="truth")
+    return figure
+
+
+def mistakes(predictions: pd.DataFrame, classes: pd.DataFrame, files: pd.Series, count: int = 20) -> Figure:
+    """The most confident wrong answers with their photographs; `files` has the same index as `predictions`."""
+    wrong = predictions[predictions["label"] != predictions["pred"]].nlargest(count, "confidence")
+    figure = Figure(figsize=(14, 3.1 * max(1, -(-len(wrong) // 5))), layout="constrained")
+    figure.suptitle("The most confident mistakes")
+    names = (classes["name"].where(classes["name"] != "", classes["class_id"])).str.slice(0, 30)
+    for place, (row, answer) in enumerate(wrong.iterrows(), start=1):
+        axes = figure.add_subplot(-(-len(wrong) // 5), 5, place)
+        with open(files[row], "rb") as file:
+            axes.imshow(images.decode(file.read()))
+        axes.set_title(
+            f"is {names[answer['label']]}\nsaid {names[answer['pred']]}, {answer['confidence']:.0%}", fontsize=8
+        )
+        axes.set_axis_off()
+    return figure

@@ -1,0 +1,173 @@
+"""The product tree: departments down to products, as flat arrays.
+
+Parents stand before their children, so one pass over the arrays in order visits the tree from its roots.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aliprod import InputError
+
+_FORMATS = (
+    'nested nodes [{"name": ..., "children": [...]} or {"name": ..., "class_id": ...}], '
+    'edges [{"parent": ..., "child": ...}] or [[parent, child]], '
+    'or a path a class {"class_id": [names from the root]}'
+)
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """A forest of M nodes: names (M,), parents (M,) int32 with -1 at roots, class_ids (M,) with "" inside."""
+
+    names: np.ndarray
+    parents: np.ndarray
+    class_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def depths(self) -> np.ndarray:
+        """Level of every node (M,) int32; roots are at 1."""
+        depths = np.ones(len(self), dtype=np.int32)
+        above = self.parents
+        while (above >= 0).any():  # once a level, not once a node
+            depths += above >= 0
+            above = np.where(above >= 0, self.parents[above], -1)
+        return depths
+
+    def to_frame(self) -> pd.DataFrame:
+        """The tree as a table: node, parent (-1: none), depth (1: root), name, class_id ("": inner node)."""
+        return pd.DataFrame(
+            {
+                "node": np.arange(len(self), dtype=np.int32),
+                "parent": self.parents,
+                "depth": self.depths(),
+                "name": pd.array(self.names, dtype="str"),
+                "class_id": pd.array(self.class_ids, dtype="str"),
+            }
+        )
+
+    def describe(self, class_ids: pd.Series) -> pd.DataFrame:
+        """name and path ("Fruit > Apple > Gala") of classes, in their order; "" where the tree lacks one."""
+        paths, depths = self.names.astype(object), self.depths()
+        for level in range(2, depths.max() + 1):
+            nodes = np.flatnonzero(depths == level)
+            paths[nodes] = paths[self.parents[nodes]] + " > " + paths[nodes]
+        leaves = np.flatnonzero(self.class_ids != "")
+        known = pd.DataFrame({"name": self.names[leaves], "path": paths[leaves]}, index=self.class_ids[leaves])
+        return known.reindex(class_ids).fillna("").astype("str").reset_index(drop=True)
+
+
+def read(path: str | Path) -> Taxonomy:
+    """Reads product_tree.json in any of three schemata, told apart by what stands in it.
+
+    Nested nodes, a list of edges (a node that is no parent is a class, its name the class id), or a path a
+    class. InputError says what was found: another schema, a class placed twice, a node with two parents, a cycle.
+    """
+    path = Path(path)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        nodes = _rows(tree)
+    except (json.JSONDecodeError, UnicodeDecodeError, InputError) as error:
+        raise InputError(f"{path}: {error}") from None
+    names, parents, class_ids = zip(*nodes, strict=True)
+    leaves = pd.Series([class_id for class_id in class_ids if class_id])
+    if (twice := leaves[leaves.duplicated()]).size:
+        raise InputError(f"{path}: class_id {twice.iloc[0]!r} stands at more than one place in the tree")
+    return Taxonomy(np.array(names, dtype=object), np.array(parents, dtype=np.int32), np.array(class_ids, dtype=object))
+
+
+def read_csv(path: str | Path) -> Taxonomy:
+    """Reads the table that `Taxonomy.to_frame` gives."""
+    table = pd.read_csv(path, dtype={"name": "str", "class_id": "str"}, keep_default_na=False)
+    return Taxonomy(*(table[column].to_numpy() for column in ("name", "parent", "class_id")))
+
+
+Row = tuple[str, int, str]  # name, parent's row, class_id
+
+
+def _rows(tree: Any) -> list[Row]:
+    if isinstance(tree, dict) and "name" in tree and "children" in tree:
+        tree = [tree]
+    items = list(tree.items()) if isinstance(tree, dict) else tree
+    if not isinstance(items, list) or not items:
+        raise InputError(f"found {_shape(tree)}; a product tree is {_FORMATS}")
+    if isinstance(tree, dict):
+        if all(isinstance(path, list) and path and all(isinstance(name, str) for name in path) for _, path in items):
+            return _from_paths(items)
+    elif all(isinstance(item, dict) and "name" in item for item in items):
+        return _from_nested(items)
+    elif all(isinstance(item, dict) and {"class_id", "path"} <= item.keys() for item in items):
+        return _rows({item["class_id"]: item["path"] for item in items})
+    elif all(isinstance(item, dict) and {"parent", "child"} <= item.keys() for item in items):
+        return _from_edges([(item["parent"], item["child"]) for item in items])
+    elif all(isinstance(item, list) and len(item) == 2 for item in items):
+        return _from_edges(items)
+    raise InputError(f"found {_shape(tree)}; a product tree is {_FORMATS}")
+
+
+def _from_nested(roots: list[dict]) -> list[Row]:
+    rows: list[Row] = []
+    waiting = [(node, -1) for node in reversed(roots)]
+    while waiting:
+        node, parent = waiting.pop()
+        children, class_id = node.get("children") or [], node.get("class_id", "")
+        if not isinstance(node.get("name"), str) or not isinstance(class_id, str) or not isinstance(children, list):
+            raise InputError(f"node {str(node)[:80]}: name and class_id must be strings, children a list")
+        if bool(children) == bool(class_id):
+            raise InputError(f"node {node['name']!r}: it needs either children or a class_id")
+        rows.append((node["name"], parent, class_id))
+        if not all(isinstance(child, dict) for child in children):
+            raise InputError(f"node {node['name']!r}: each of its children must be a node with a name")
+        waiting += [(child, len(rows) - 1) for child in reversed(children)]
+    return rows
+
+
+def _from_paths(items: list[tuple[str, list[str]]]) -> list[Row]:
+    rows: list[Row] = []
+    inner: dict[tuple[str, ...], int] = {}
+    for class_id, path in items:
+        parent = -1
+        for depth in range(1, len(path)):
+            prefix = tuple(path[:depth])
+            if prefix not in inner:
+                inner[prefix] = len(rows)
+                rows.append((path[depth - 1], parent, ""))
+            parent = inner[prefix]
+        rows.append((path[-1], parent, class_id))
+    return rows
+
+
+def _from_edges(edges: list[tuple[str, str]]) -> list[Row]:
+    children: dict[str, list[str]] = {}
+    parents: dict[str, str] = {}
+    for parent, child in edges:
+        if not isinstance(parent, str) or not isinstance(child, str):
+            raise InputError(f"edge {[parent, child]}: both ends must be strings")
+        if parents.setdefault(child, parent) != parent:
+            raise InputError(f"node {child!r} has two parents, {parents[child]!r} and {parent!r}")
+        children.setdefault(parent, []).append(child)
+    rows: list[Row] = []
+    waiting = [(root, -1) for root in reversed([node for node in children if node not in parents])]
+    while waiting:
+        node, parent = waiting.pop()
+        rows.append((node, parent, "" if node in children else node))
+        waiting += [(child, len(rows) - 1) for child in reversed(children.get(node, []))]
+    reached = {name for name, _, _ in rows}
+    if lost := next((node for node in parents if node not in reached), None):
+        raise InputError(f"node {lost!r} lies on a cycle")
+    return rows
+
+
+def _shape(tree: Any) -> str:
+    if isinstance(tree, list) and tree:
+        return f"a list whose first item is {_shape(tree[0])}"
+    if isinstance(tree, dict) and tree:
+        key, value = next(iter(tree.items()))
+        return f"an object with the keys {', '.join(map(str, list(tree)[:5]))} ({key!r} holds a {type(value).__name__})"
+    return f"{tree!r}"[:80]

@@ -1,0 +1,225 @@
+"""One round of training, as a generator of reports.
+
+Everything random is a function of (seed, epoch, row) except the network's own generator, which is saved, so a
+run resumed from a checkpoint ends with the weights of a run that was never stopped, bit for bit on a CPU.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from aliprod import InputError, metrics, optim
+from aliprod.features import Features
+from aliprod.images import Images
+from aliprod.model import Recogniser, autocast
+from aliprod.prediction import predict
+from aliprod.progress import progress
+from aliprod.recipe import Round
+
+KEEP = 2  # newest checkpoints
+POINTS = 100  # of the loss curve an epoch
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened since the last report: an epoch's end, or a checkpoint within one (then `val` is empty)."""
+
+    epoch: int  # whole epochs done
+    step: int  # updates done since the round began
+    curve: list[dict[str, float]]  # step, loss and lr at some of the steps
+    train: dict[str, float] = field(default_factory=dict)  # loss, gap, map, accuracy over the epoch as it was learnt
+    val: dict[str, float] = field(default_factory=dict)  # as of metrics.summary
+    best: bool = False  # whether val MAP is the highest so far
+
+
+@dataclass
+class _State:
+    """Where a round is: all that a checkpoint holds beside tensors."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch
+    step: int = 0
+    best: float = -1.0
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    model: Recogniser,
+    row: Round,
+    source: Images | Features,
+    val: Images | Features | None,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    stop: threading.Event | None = None,
+    checkpoint_steps: int = 1000,
+) -> Iterator[Report]:
+    """Trains `model` by `row` on `source`, yielding a report an epoch and one at each checkpoint within it.
+
+    Checkpoints go to `folder` at each epoch's end, every `checkpoint_steps` updates and when `stop` is set, after
+    which the generator ends early. With `resume` it continues from the newest one there, first yielding again what
+    was reported before it. When the round is complete the model holds the weights of the epoch with the highest
+    MAP on `val` (without val: of the last), the moving average of them if the round asks for one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(row.seed)
+    model.freeze(row.freeze)
+    optimizer = optim.optimizer(model, row)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=row.precision == "fp16")
+    average = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(row.ema_decay), use_buffers=True)
+        if row.ema_decay
+        else None
+    )
+    evaluated = average.module if average else model
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"average": average} if average else {})
+    state, epoch_sums = _State(), _EpochSums(len(source.rows), model.device)
+    if resume:
+        state, epoch_sums = _restore(folder, parts, row, epoch_sums)
+        yield from (Report(**report) for report in state.reports)
+    forward = source.forward(model)
+    if row.compile:
+        forward = torch.compile(forward)
+    curve: list[dict[str, float]] = []
+
+    def report(**scores: Any) -> Report:
+        made = Report(epoch=state.epoch, step=state.step, curve=list(curve), **scores)
+        state.reports.append(asdict(made))
+        curve.clear()
+        return made
+
+    while state.epoch < row.epochs:
+        model.train()
+        batches = _order(source.rows, row, state.epoch)
+        every = max(1, len(batches) // POINTS)
+        todo = batches[state.batch :]
+        with progress(total=len(batches), initial=state.batch, desc=f"epoch {state.epoch + 1}", unit="step") as bar:
+            for inputs, rows in source.batches(todo, state.epoch):
+                lr = optim.rate(row, state.epoch + state.batch / len(batches), 1 / len(batches))
+                optim.set_rate(optimizer, lr)
+                labels = torch.from_numpy(source.labels[rows]).to(model.device, non_blocking=True)  # (B,)
+                with autocast(model.device, row.precision):
+                    logits = forward(inputs.to(model.device, non_blocking=True))  # (B, C)
+                loss = cross_entropy(logits.float(), labels, label_smoothing=row.label_smoothing)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                if average:
+                    average.update_parameters(model)
+                epoch_sums.add(logits.detach(), labels, loss.detach())
+                state.step += 1
+                state.batch += 1
+                bar.update()
+                if state.batch % every == 0:
+                    curve.append({"step": state.step, "loss": loss.item(), "lr": lr})
+                stopped = stop is not None and stop.is_set()
+                if state.batch < len(batches) and (stopped or state.step % checkpoint_steps == 0):
+                    made = report()
+                    _save(folder, parts, row, state, epoch_sums)
+                    yield made
+                    if stopped:
+                        return
+        state.epoch, state.batch = state.epoch + 1, 0
+        scores = metrics.summary(predict(evaluated, val, row.precision)) if val else {}
+        better = not scores or scores["map"] > state.best
+        if better:
+            state.best = scores.get("map", state.best)
+            _write(folder / "best.pt", evaluated.state_dict())
+        made = report(train=epoch_sums.scores(), val=scores, best=better)
+        epoch_sums = _EpochSums(len(source.rows), model.device)
+        _save(folder, parts, row, state, epoch_sums)
+        yield made
+        if stop is not None and stop.is_set() and state.epoch < row.epochs:
+            return
+    model.load_state_dict(torch.load(folder / "best.pt", map_location=model.device, weights_only=True))
+
+
+class _EpochSums:
+    """Answers of one epoch kept on the device as they come; scored once, at its end."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.count = 0
+        self.loss = torch.zeros((), device=device)
+        self.labels = torch.zeros(size, dtype=torch.int64, device=device)
+        self.preds = torch.zeros(size, dtype=torch.int64, device=device)
+        self.confidences = torch.zeros(size, device=device)
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor) -> None:
+        """logits (B, C), labels (B,), loss () their mean."""
+        logits = logits.float()
+        values, preds = logits.max(dim=1)
+        place = slice(self.count, self.count + len(labels))
+        self.labels[place], self.preds[place] = labels, preds
+        self.confidences[place] = (values - logits.logsumexp(dim=1)).exp()
+        self.loss += loss * len(labels)
+        self.count += len(labels)
+
+    def scores(self) -> dict[str, float]:
+        """loss, gap, map and accuracy of the epoch."""
+        labels, preds, confidences = (
+            values[: self.count].cpu().numpy() for values in (self.labels, self.preds, self.confidences)
+        )
+        return {
+            "loss": self.loss.item() / max(1, self.count),
+            "gap": metrics.gap(labels == preds, confidences),
+            "map": metrics.mean_class_accuracy(labels, preds),
+            "accuracy": float((labels == preds).mean()),
+        }
+
+
+def _order(rows: np.ndarray, row: Round, epoch: int) -> list[np.ndarray]:
+    """The epoch's batches; a last, smaller one is left to chance, as batch norm and the rate assume full ones."""
+    shuffled = np.random.default_rng([row.seed, epoch]).permutation(rows)
+    whole = max(1, len(rows) // row.batch_size)
+    return [shuffled[at * row.batch_size : (at + 1) * row.batch_size] for at in range(whole)]
+
+
+def _save(folder: Path, parts: dict[str, Any], row: Round, state: _State, epoch_sums: _EpochSums) -> None:
+    checkpoint = {
+        "round": row.model_dump_json(),
+        "state": asdict(state),
+        "epoch_sums": vars(epoch_sums),
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+        "generator": torch.get_rng_state(),
+        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    _write(folder / f"step-{state.step:09d}.pt", checkpoint)
+    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
+        old.unlink()
+
+
+def _restore(folder: Path, parts: dict[str, Any], row: Round, epoch_sums: _EpochSums) -> tuple[_State, _EpochSums]:
+    found = sorted(folder.glob("step-*.pt"))
+    if not found:
+        raise InputError(f"resume: {folder} holds no checkpoint")
+    device = parts["model"].device
+    checkpoint = torch.load(found[-1], map_location=device, weights_only=True)
+    if checkpoint["round"] != row.model_dump_json():
+        before, now = Round.model_validate_json(checkpoint["round"]).model_dump(), row.model_dump()
+        changed = ", ".join(
+            f"{name} was {before[name]!r} and is {now[name]!r}" for name in now if before[name] != now[name]
+        )
+        raise InputError(f"resume: {found[-1]} belongs to another round: {changed}")
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint["parts"][name])
+    torch.set_rng_state(checkpoint["generator"].cpu())
+    if checkpoint["cuda_generators"]:
+        torch.cuda.set_rng_state_all([generator.cpu() for generator in checkpoint["cuda_generators"]])
+    vars(epoch_sums).update(checkpoint["epoch_sums"])
+    return _State(**checkpoint["state"]), epoch_sums
+
+
+def _write(path: Path, value: Any) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(value, beside)
+    beside.replace(path)

@@ -1,0 +1,98 @@
+"""What every entry point shares: parameters from the command line, mistakes as one line, stops that save."""
+
+import argparse
+import contextlib
+import inspect
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import ValidationError, validate_call
+
+from aliprod import InputError, catalogue
+
+RECIPES = Path(__file__).parent / "recipes"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """The user or the machine asked to stop; the message says how to go on."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; parameters are {', '.join(self.names)}")
+
+
+def command(main: Callable[..., None]) -> None:
+    """Runs `main` with --name value options as its signature has them, checked against its annotations.
+
+    A user's mistake ends in one line and exit status 2, a stop in one line and 130; else 0 or a traceback.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both stops are one: KeyboardInterrupt
+    parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
+    parser.names = list(inspect.signature(main).parameters)
+    for name, parameter in inspect.signature(main).parameters.items():
+        required = parameter.default is inspect.Parameter.empty
+        parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
+    try:
+        validate_call(main)(**vars(parser.parse_args()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        _exit(2, f"{first['loc'][0]} {first['input']!r}: {first['msg']}")
+    except (InputError, FileNotFoundError, PermissionError) as error:
+        _exit(2, str(error))
+    except KeyboardInterrupt as stop:
+        _exit(130, str(stop) or "stopped")
+
+
+@contextlib.contextmanager
+def stoppable(minutes: float = 0.0) -> Iterator[threading.Event]:
+    """An event that SIGTERM, Ctrl-C and the time limit set, for work that stops at the next safe place."""
+    stop = threading.Event()
+    before = [signal.signal(number, lambda *_: stop.set()) for number in STOP_SIGNALS]
+    timer = threading.Timer(60 * minutes, stop.set)
+    timer.daemon = True
+    if minutes:
+        timer.start()
+    try:
+        yield stop
+    finally:
+        timer.cancel()
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+def refuse(why: str, **given: str) -> None:
+    """InputError if any of these parameters was given."""
+    if names := [name for name, value in given.items() if value]:
+        raise InputError(f"{', '.join(names)}: not to be given here, {why}")
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the project."""
+    shipped = RECIPES / f"{name}.toml"
+    path = shipped if shipped.exists() else Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
+        raise InputError(f"recipe {name!r} not found: give a .toml file, or {names}")
+    return path
+
+
+def data_folder(data: str, work: Path) -> Path:
+    """The data folder; "demo" is the demo catalogue, rendered into `work` when first asked for."""
+    if data != "demo":
+        path = Path(data).resolve()
+        if not path.is_dir():
+            raise InputError(f"data {data!r}: no folder {path} (relative paths start at the project's folder)")
+        return path
+    catalogue.render(work / "demo")
+    return (work / "demo").resolve()
+
+
+def _exit(status: int, line: str) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,29 @@
+"""Scores a logged or saved model on a split of a data folder."""
+
+from pathlib import Path
+from typing import Literal
+
+from aliprod import manifest, report
+from aliprod.assembly import device
+from aliprod.model import load
+from entrypoints.command import command, data_folder
+from tracking import models, rounds, runs
+
+
+def main(model: str, data: str, split: str, precision: Literal["fp32", "bf16", "fp16"], work: Path) -> None:
+    """model: newest, a run id, an MLflow URI or a saved folder; data: a folder, or demo; split: its <split>.json, or
+    a .csv; precision: of the arithmetic; work: for cached embeddings."""
+    saved = load(models.fetch(model))
+    folder = data_folder(data, work)
+    table = manifest.read(folder, split)
+    with runs.start(f"evaluate {split}", work, {"model": model, "data": manifest.digest(table)}) as run:
+        run.dataset(table, str(folder), split, "evaluation")
+        evaluation = report.evaluate(
+            saved.model.to(device()), saved.classes, table, folder, work / "features", precision=precision
+        )
+        rounds.log_evaluation(run, evaluation)
+    print(rounds.summary(run, evaluation))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,31 @@
+"""Names the products in photographs; needs the model alone, not the data it was trained on."""
+
+from pathlib import Path
+
+from pydantic import PositiveInt
+
+from aliprod.assembly import device
+from aliprod.manifest import write_csv
+from aliprod.model import load
+from aliprod.prediction import image_files, recognise, wide
+from entrypoints.command import command
+from tracking import models, runs
+
+
+def main(model: str, images: str, top: PositiveInt, output: Path, work: Path) -> None:
+    """model: newest, a run id, an MLflow URI or a saved folder; images: a folder, a .csv with a column file, or
+    files, separated by spaces; top: answers an image; output: the CSV to write; work: for what waits to be sent."""
+    saved = load(models.fetch(model))
+    saved.model.to(device())
+    files = image_files(images)
+    with runs.start("predict", work, {"model": model}) as run:
+        table = wide(files, recognise(saved, files, top))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(table, output)
+        run.table(table, "predictions.csv")
+    print(table.head(50).to_string(max_colwidth=40, float_format="%.3f", index=False))
+    print(f"{len(table)} images, {(table['error'] != '').sum()} of them unreadable: {output.resolve()}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,34 @@
+"""Turns a data folder's JSON into tables."""
+
+from pathlib import Path
+
+from pydantic import NonNegativeInt
+
+from aliprod import manifest, taxonomy
+from entrypoints.command import command, data_folder
+from tracking import runs
+
+
+def main(data: str, output: Path, seed: NonNegativeInt, work: Path) -> None:
+    """data: a folder with train.json, val.json and perhaps test.json and product_tree.json, or demo; output: the
+    folder for the tables; seed: of the choice that balances; work: for what waits to be sent."""
+    folder = data_folder(data, work)
+    splits = [split for split in ("train", "val", "test") if split != "test" or (folder / "test.json").exists()]
+    tables = {split: manifest.read(folder, split) for split in splits}
+    tables["balanced_train"] = manifest.balance(tables["train"], seed)
+    tree = folder / "product_tree.json"
+    output.mkdir(parents=True, exist_ok=True)
+    with runs.start("prepare", work, {f"{name}": manifest.digest(table) for name, table in tables.items()}) as run:
+        for name, table in tables.items():
+            run.dataset(table, str(folder), name, name)
+        for name, table in (
+            tables | ({"product_tree": taxonomy.read(tree).to_frame()} if tree.exists() else {})
+        ).items():
+            manifest.write_csv(table, output / f"{name}.csv")
+            run.table(table, f"{name}.csv")
+            classes = table["class_id"].nunique() - (name == "product_tree")
+            print(f"{output / name}.csv: {len(table)} rows, {classes} classes")
+
+
+if __name__ == "__main__":
+    command(main)

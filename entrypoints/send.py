@@ -1,0 +1,18 @@
+"""Sends what runs recorded while the tracking server was away."""
+
+from pathlib import Path
+
+from entrypoints.command import command
+from tracking.spool import send_waiting
+
+
+def main(work: Path) -> None:
+    """work: the folder of the runs."""
+    results = send_waiting(work)
+    for run_id, done in results.items():
+        print(f"run {run_id}: {'sent' if done else 'the tracking server is still away'}")
+    print(f"{len(results)} runs had something to send")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,33 @@
+"""Trains one round of a recipe, evaluates it on val and logs its model."""
+
+from pathlib import Path
+
+from aliprod.recipe import override, read
+from entrypoints.command import Stopped, command, data_folder, recipe_path, refuse, stoppable
+from tracking import rounds, runs
+
+
+def main(
+    recipe: str, round: str, data: str, init: str, overrides: str, resume: str, minutes: float, work: Path
+) -> None:
+    """recipe: a name or a .toml file; round: of it, else the first; data: a folder, or demo; init: in place of the
+    round's; overrides: fields of the round, as "lr=3e-4 epochs=2"; resume: a run's id, which says all the others;
+    minutes: to stop after, 0 for none; work: for checkpoints, cached embeddings and what waits to be sent."""
+    if resume:
+        refuse("resume takes everything from its run", round=round, init=init, overrides=overrides)
+        job = rounds.Job.load(resume, work)
+    else:
+        rows = read(recipe_path(recipe))
+        row = override(rows.row(round), overrides)
+        row = row.model_copy(update={"init": init or row.init})
+        job = rounds.Job(rows.name, row, str(data_folder(data, work)))
+    with runs.start(f"{job.recipe}/{job.row.name}", work) as run, stoppable(minutes) as stop:
+        evaluation = rounds.train(run, job, work, stop, resume)
+        if evaluation is None:
+            raise Stopped(f"stopped and saved; go on with: mlflow run . -e train -P resume={run.id}")
+    print(rounds.summary(run, evaluation))
+    print("browse:    make server")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,1 @@
+"""Everything that touches MLflow: runs, their spool, logged models, the served form."""

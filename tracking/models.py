@@ -1,0 +1,100 @@
+"""Logged models: from a saved folder to MLflow, and from any way of naming a model back to a folder."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
+
+from aliprod import InputError
+
+NAME = "model"
+ROOT = Path(__file__).parents[1]
+# What aliprod.model, .images and .prediction import; a server installs these and nothing of training.
+SERVING = (
+    *("mlflow", "torch", "torchvision", "timm", "safetensors", "opencv-python", "pillow"),
+    *("numpy", "pandas", "pyarrow", "msgspec", "tqdm"),
+)
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    outputs=Schema(
+        [
+            ColSpec(Array(DataType.string), "class_ids"),
+            ColSpec(Array(DataType.string), "names"),
+            ColSpec(Array(DataType.string), "paths"),
+            ColSpec(Array(DataType.double), "confidences"),
+            ColSpec(DataType.string, "error"),
+        ]
+    ),
+    params=ParamSchema([ParamSpec("top", DataType.long, 5)]),
+)
+
+
+def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int) -> None:
+    """Logs the saved model in `folder` as the run's model, once; `example` is an image file.
+
+    The code travels with it (models from code, no pickle), as do the versions of what serving needs. `step` is
+    the step of the run's metrics that describe the model.
+    """
+    if getattr(client.get_run(run_id).outputs, "model_outputs", None):
+        return
+    Model.log(
+        artifact_path=None,
+        flavor=mlflow.pyfunc,
+        run_id=run_id,
+        name=NAME,
+        step=step,
+        python_model=str(ROOT / "tracking" / "served.py"),
+        artifacts={"model": folder},
+        code_paths=[str(ROOT / "aliprod")],
+        signature=SIGNATURE,
+        input_example=pd.DataFrame({"image": [Path(example).read_bytes()]}),
+        pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in SERVING],
+    )
+
+
+def fetch(name: str) -> Path:
+    """The saved folder of a model named by a path, a run id, runs:/..., models:/..., another MLflow URI or "newest".
+
+    InputError says what was looked for and not found.
+    """
+    if name == "newest":
+        name = newest({}) or name
+    path = Path(name)
+    if (path / "config.json").exists():
+        return path
+    if re.fullmatch(r"[0-9a-f]{32}", name):
+        name = f"runs:/{name}/{NAME}"
+    elif not re.match(r"\w+:/", name):
+        raise InputError(
+            f"model {name!r} not found: give a saved folder, a run id, runs:/<run id>/{NAME} or models:/<name>@<alias>"
+        )
+    try:
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=name))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"model {name!r} not found: {str(error).splitlines()[0]}") from None
+    found = [
+        config.parent for config in [local / "config.json", *local.glob("artifacts/*/config.json")] if config.exists()
+    ]
+    if not found:
+        raise InputError(f"model {name!r} was not logged by this project: it holds no config.json")
+    return found[0]
+
+
+def newest(tags: dict[str, Any]) -> str | None:
+    """Run id of the newest finished run, of any experiment, that carries these tags and a model."""
+    wanted = ["attributes.status = 'FINISHED'"] + [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
+    runs = mlflow.search_runs(
+        search_all_experiments=True,
+        filter_string=" and ".join(wanted),
+        order_by=["attributes.start_time DESC"],
+        output_format="list",
+    )
+    return next((run.info.run_id for run in runs if run.outputs and run.outputs.model_outputs), None)

@@ -1,0 +1,146 @@
+"""A round of training under a run: assembled, trained, evaluated, and all of it recorded."""
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from aliprod import InputError, assembly, manifest, recipe, report, training
+from aliprod.features import Features
+from aliprod.images import CorruptImages, Images
+from aliprod.recipe import Round
+from tracking import models
+from tracking.runs import Run, close_abandoned
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run was asked to do; kept in its folder, so that its id is enough to resume it."""
+
+    recipe: str
+    row: Round
+    data: str
+
+    def save(self, folder: Path) -> None:
+        """Writes job.json."""
+        (folder / "job.json").write_text(json.dumps(dataclasses.asdict(self) | {"row": self.row.model_dump()}))
+
+    @staticmethod
+    def load(run_id: str, work: Path) -> "Job":
+        """The job of an earlier run on this machine. InputError where there is none."""
+        path = work / "runs" / run_id / "job.json"
+        if not path.exists():
+            raise InputError(f"resume {run_id!r}: no run of this name left anything to resume in {work / 'runs'}")
+        job = json.loads(path.read_text())
+        return Job(**job | {"row": Round(**job["row"])})
+
+
+def train(run: Run, job: Job, work: Path, stop: threading.Event, resume: str = "") -> report.Evaluation | None:
+    """Trains and evaluates a round and logs its model; None if `stop` ended it early, checkpoint saved.
+
+    `resume` is the id of the run whose checkpoints to go on from.
+    """
+    row, checkpoints = job.row, run.folder / "checkpoints"
+    job.save(run.folder)
+    if resume:
+        shutil.copytree(work / "runs" / resume / "checkpoints", checkpoints, copy_function=os.link)
+        close_abandoned(resume)
+    tables = assembly.tables(row, job.data)
+    digest = manifest.digest(tables.train)
+    run.tags({"recipe": job.recipe, "round": row.name, "data": digest, "resumed_from": resume or "-"})
+    run.text(recipe.to_toml(row), "recipe.toml")
+    run.dataset(tables.train, job.data, row.manifest, "training")
+    run.dataset(tables.val, job.data, "val", "validation")
+    run.params({f"round.{name}": value for name, value in row.model_dump().items() if value is not None})
+    sizes = {"num_classes": len(tables.classes), "num_train": len(tables.train), "num_val": len(tables.val)}
+    made = assembly.model(row, len(tables.classes), _init(job, digest))
+    run.params(sizes | {"data_folder": job.data, "device": made.device.type})
+    print(
+        f"{job.recipe}/{row.name}: {sizes['num_train']} photographs of {sizes['num_classes']} classes, run {run.id}",
+        flush=True,
+    )
+    try:
+        source = assembly.inputs(made, row, tables.train, tables.classes, job.data, work / "features", row.augment)
+        val = assembly.inputs(made, row, tables.val, tables.classes, job.data, work / "features", "none")
+        reports, began = [], time.monotonic()
+        for made_report in training.train(made, row, source, val, checkpoints, resume=bool(resume), stop=stop):
+            reports.append(made_report)
+            _log_report(run, made_report, row, time.monotonic() - began)
+    except CorruptImages as error:
+        run.table(pd.DataFrame(error.reasons.items(), columns=["file", "reason"]), "corrupt.csv")
+        raise
+    log_corrupt(run, source, val)
+    if stop.is_set() and reports[-1].epoch < row.epochs:
+        return None
+    run.figure(report.curves(reports), "figures/curves.png")
+    folder = run.folder / "model"
+    about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
+    made.save(folder, tables.classes, tables.tree, about)
+    evaluation = report.evaluate(made, tables.classes, tables.val, job.data, work / "features", precision=row.precision)
+    example = manifest.paths(evaluation.predictions.head(1), job.data)[0]
+    log_evaluation(run, evaluation, step=row.epochs)
+    run.model(folder, example, step=row.epochs)
+    shutil.rmtree(checkpoints)
+    return evaluation
+
+
+def log_evaluation(run: Run, evaluation: report.Evaluation, step: int = 0) -> None:
+    """Scores as metrics, tables and figures as artifacts."""
+    run.metrics(evaluation.scores, step)
+    run.table(evaluation.predictions, "predictions.parquet")
+    run.table(evaluation.per_class, "per_class.csv")
+    run.table(evaluation.select_list, "select_list.csv")
+    for name, figure in evaluation.figures.items():
+        run.figure(figure, f"figures/{name}.png")
+
+
+def log_corrupt(run: Run, *sources: Images | Features) -> None:
+    """How many images could not be read, and which, as corrupt.csv."""
+    rows = [(source.paths[row], reason) for source in sources for row, reason in source.corrupt.items()]
+    run.metrics({"num_corrupt": len(rows)}, 0)
+    if rows:
+        run.table(pd.DataFrame(rows, columns=["file", "reason"]), "corrupt.csv")
+        print(f"{len(rows)} images could not be read and were left out: corrupt.csv lists them", flush=True)
+
+
+def summary(run: Run, evaluation: report.Evaluation) -> str:
+    """What a person wants to read at the end."""
+    scores = evaluation.scores
+    values = "  ".join(
+        f"{name.upper()} {scores[name]:.4f}"
+        for name in ("gap", "map", "accuracy") + tuple(k for k in scores if k.startswith("top"))
+    )
+    classes = int((evaluation.per_class["num_val"] > 0).sum())
+    return (
+        f"{values}  ({len(evaluation.predictions)} photographs of {classes} classes)\n"
+        f"per class: {(run.folder / 'artifacts' / 'per_class.csv').resolve()}\n"
+        f"run:       {run.id}"
+    )
+
+
+def _init(job: Job, digest: str) -> str:
+    """What load_backbone reads: a word or path as it is; a run, a URI or an earlier round fetched to a folder."""
+    init = job.row.init
+    if init in ("imagenet", "random") or Path(init).exists():
+        return init
+    earlier = models.newest({"aliprod.recipe": job.recipe, "aliprod.round": init, "aliprod.data": digest})
+    try:
+        return str(models.fetch(earlier or init))
+    except InputError as error:
+        raise InputError(f"init {init!r}: no finished round of recipe {job.recipe} on this data; {error}") from None
+
+
+def _log_report(run: Run, made: training.Report, row: Round, seconds: float) -> None:
+    run.curve(made.curve, "step/")
+    if made.train:
+        run.metrics(made.train, made.epoch, "train/")
+        run.metrics(made.val, made.epoch, "val/")
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in made.val.items())
+        left = seconds / made.epoch * (row.epochs - made.epoch)
+        line = f"epoch {made.epoch}/{row.epochs}  train loss {made.train['loss']:.4f}  val {scores}  {left:.0f} s left"
+        print(line, flush=True)

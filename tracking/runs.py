@@ -1,0 +1,193 @@
+"""One MLflow run, from start to end: what it is called, what it records, how it closes."""
+
+import contextlib
+import logging
+import os
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import DatasetInput
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from aliprod import InputError, manifest
+from tracking.spool import Spool, send_waiting
+
+EXPERIMENT = "aliprod"  # for runs that `mlflow run` did not start
+
+
+class Run:
+    """A run that records through its spool; `folder` is its own place on this machine."""
+
+    def __init__(self, run_id: str, folder: Path):
+        self.id = run_id
+        self.folder = folder
+        self.spool = Spool(folder, run_id, mlflow.get_tracking_uri())
+
+    def tags(self, values: dict[str, Any]) -> None:
+        """Tags; keys without a dot of their own get the project's prefix."""
+        self.spool.put("tags", values={_key(key): str(value) for key, value in values.items()})
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Parameters."""
+        self.spool.put("params", values={key: str(value) for key, value in values.items()})
+
+    def metrics(self, values: dict[str, float], step: int, prefix: str = "") -> None:
+        """Metrics of one step; a key is `prefix` and the name."""
+        now = _now()
+        self.spool.put("metrics", values=[[prefix + key, value, now, step] for key, value in values.items()])
+
+    def curve(self, points: list[dict[str, float]], prefix: str) -> None:
+        """Metrics of many steps in one batch; each point has its `step`."""
+        now = _now()
+        rows = [
+            [prefix + key, value, now, point["step"]]
+            for point in points
+            for key, value in point.items()
+            if key != "step"
+        ]
+        self.spool.put("metrics", values=rows)
+
+    def table(self, table: pd.DataFrame, name: str) -> None:
+        """A table as an artifact, .csv or .parquet by its name."""
+        path = self._artifact_path(name)
+        if path.suffix == ".csv":
+            manifest.write_csv(table, path)
+        else:
+            table.to_parquet(path, index=False)
+        self.spool.put("artifact", path=str(path), folder=_folder(name))
+
+    def figure(self, figure: Figure, name: str) -> None:
+        """A figure as a PNG artifact."""
+        path = self._artifact_path(name)
+        figure.savefig(path, dpi=110)
+        self.spool.put("artifact", path=str(path), folder=_folder(name))
+
+    def text(self, text: str, name: str) -> None:
+        """A text as an artifact."""
+        path = self._artifact_path(name)
+        path.write_text(text, encoding="utf-8")
+        self.spool.put("artifact", path=str(path), folder=_folder(name))
+
+    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
+        """A manifest as an input of the run; its digest is that of the table written as CSV."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a local path could be read by more than one kind of source
+            dataset = mlflow.data.from_pandas(table, source=source, name=name, digest=manifest.digest(table))
+        tag = mlflow.entities.InputTag("mlflow.data.context", context)
+        self.spool.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), [tag])])
+
+    def model(self, folder: Path, example: str, step: int) -> None:
+        """The saved model in `folder` as the run's logged model, described by the metrics of `step`."""
+        self.spool.put("model", folder=str(folder), example=example, step=step)
+
+    def end(self, status: str) -> None:
+        """Closes the run as FINISHED, FAILED or KILLED."""
+        self.spool.put("end", status=status, time=_now())
+        if not self.spool.close():
+            print(f"the tracking server is away: run {self.id} waits in {self.folder} for `mlflow run . -e send`")
+
+    def _artifact_path(self, name: str) -> Path:
+        path = self.folder / "artifacts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+@contextlib.contextmanager
+def start(name: str, work: Path, tags: dict[str, Any] | None = None) -> Iterator[Run]:
+    """A run, made or taken over from `mlflow run`, that is closed whatever happens within.
+
+    FINISHED, or FAILED with the reason in a tag, or KILLED by an interruption. What earlier runs in `work` could
+    not send is sent first. InputError if the tracking server does not answer.
+    """
+    # A dead server would otherwise hold up training for minutes at every report; the spool waits instead.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    client = MlflowClient()
+    try:
+        run_id = os.environ.get("MLFLOW_RUN_ID") or _create(client).info.run_id
+        client.update_run(run_id, name=name)
+    except MlflowException as error:
+        uri = mlflow.get_tracking_uri()
+        raise InputError(f"the tracking server {uri} does not answer: {str(error).splitlines()[0][:200]}") from None
+    send_waiting(work)
+    run = Run(run_id, work / "runs" / run_id)
+    run.tags({"git": git_state(), **(tags or {})})
+    system_metrics = _SystemMetrics(run)
+    system_metrics.start()
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except BaseException as error:
+        run.tags({"error": f"{type(error).__name__}: {error}"[:500]})
+        raise
+    finally:
+        system_metrics.finish()
+        run.end(status)
+
+
+def close_abandoned(run_id: str) -> None:
+    """Marks a run as KILLED that a dead process left RUNNING; one that ended is left as it is."""
+    with contextlib.suppress(MlflowException):
+        client = MlflowClient()
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, "KILLED")
+
+
+def git_state() -> str:
+    """The commit the code stands at, with "-dirty" if files differ from it; "unknown" outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+class _SystemMetrics(SystemMetricsMonitor):
+    """MLflow's own monitor of processor, memory, disk, network and GPU, recording through the run's spool."""
+
+    def __init__(self, run: Run):
+        super().__init__(run.id, tracking_uri=mlflow.get_tracking_uri())
+        self.run = run
+
+    def monitor(self) -> None:
+        while not self._shutdown_event.wait(self.sampling_interval):
+            self.collect_metrics()
+            self.run.metrics(self.aggregate_metrics(), self._logging_step, "system/")
+            self._logging_step += 1
+            for monitor in self.monitors:
+                monitor.clear_metrics()
+
+    def finish(self) -> None:
+        self._shutdown_event.set()
+        self._process.join()
+
+
+def _create(client: MlflowClient) -> Any:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    experiment = client.get_experiment_by_name(name)
+    return client.create_run(experiment.experiment_id if experiment else client.create_experiment(name))
+
+
+def _key(key: str) -> str:
+    return key if "." in key else f"aliprod.{key}"
+
+
+def _folder(name: str) -> str | None:
+    return str(Path(name).parent) if "/" in name else None
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,112 @@
+"""What a run records, written to a file first and then sent, in order and each record once.
+
+A tracking server may be away for a while, or for good: training goes on, and what it recorded stays in
+`<folder>/spool.jsonl` until it can be sent, by the same run, by the next one, or by `send_waiting`.
+Once only: how many bytes were sent is kept beside the file, and the operation that may have been cut off between
+sending and noting it is harmless to repeat (metrics carry their time, a model is looked for first).
+"""
+
+import fcntl
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from tracking import models
+
+PATIENCE = 30  # seconds between two attempts to reach a server that did not answer
+BATCH = 1000  # metrics in one request; MLflow's limit
+
+
+class Spool:
+    """The journal of one run in `folder`; a lock keeps a second process from sending it at the same time."""
+
+    def __init__(self, folder: Path, run_id: str, tracking_uri: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.run_id = run_id
+        self.client = MlflowClient(tracking_uri)
+        self._next_attempt = 0.0
+        self._mutex = threading.RLock()
+        (folder / "run.json").write_text(json.dumps({"run_id": run_id, "tracking_uri": tracking_uri}))
+        self._file = (folder / "spool.jsonl").open("a+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def put(self, kind: str, **record: Any) -> None:
+        """Records one operation and sends all that waits, if the server answers."""
+        with self._mutex:
+            self._file.write(json.dumps({"kind": kind, **record}).encode() + b"\n")
+            self._file.flush()
+            if time.monotonic() >= self._next_attempt:
+                self.send()
+
+    def send(self) -> bool:
+        """Sends what waits; False if the server did not answer. What it refuses is kept in refused.jsonl, and said."""
+        with self._mutex:
+            sent_path = self.folder / "spool.sent"
+            sent = int(sent_path.read_text()) if sent_path.exists() else 0
+            self._file.seek(sent)
+            for line in self._file.read().splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    break  # cut off by a crash while it was written
+                try:
+                    self._deliver(json.loads(line))
+                except MlflowException as error:
+                    if error.get_http_status_code() >= 500:
+                        self._next_attempt = time.monotonic() + PATIENCE
+                        return False
+                    with (self.folder / "refused.jsonl").open("ab") as refused:
+                        refused.write(line)
+                    print(f"run {self.run_id}: the tracking server refused a record, kept in {refused.name}: {error}")
+                sent += len(line)
+                beside = sent_path.with_suffix(".new")
+                beside.write_text(str(sent))
+                beside.replace(sent_path)
+            return True
+
+    def close(self) -> bool:
+        """Sends once more and lets go of the file; False if something still waits."""
+        done = self.send()
+        self._file.close()
+        return done
+
+    def _deliver(self, record: dict[str, Any]) -> None:
+        match record:
+            case {"kind": "metrics", "values": values}:
+                for start in range(0, len(values), BATCH):
+                    self.client.log_batch(
+                        self.run_id, metrics=[Metric(*value) for value in values[start : start + BATCH]]
+                    )
+            case {"kind": "params", "values": values}:
+                self.client.log_batch(self.run_id, params=[Param(*value) for value in values.items()])
+            case {"kind": "tags", "values": values}:
+                self.client.log_batch(self.run_id, tags=[RunTag(*value) for value in values.items()])
+            case {"kind": "artifact", "path": path, "folder": folder}:
+                self.client.log_artifact(self.run_id, path, folder)
+            case {"kind": "model", "folder": folder, "example": example, "step": step}:
+                models.log(self.client, self.run_id, folder, example, step)
+            case {"kind": "end", "status": status, "time": end_time}:
+                self.client.set_terminated(self.run_id, status, end_time)
+            case _:
+                raise AssertionError(f"unknown record {record}")
+
+
+def send_waiting(work: Path) -> dict[str, bool]:
+    """Sends what earlier runs in `work` left; run id -> whether all of it went. Runs still alive are passed over."""
+    results = {}
+    for note in sorted(work.glob("runs/*/run.json")):
+        about = json.loads(note.read_text())
+        folder = note.parent
+        sent = folder / "spool.sent"
+        if (folder / "spool.jsonl").stat().st_size == (int(sent.read_text()) if sent.exists() else 0):
+            continue
+        try:
+            results[about["run_id"]] = Spool(folder, **about).close()
+        except BlockingIOError:
+            continue
+    return results
