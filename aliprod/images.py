@@ -6,7 +6,6 @@ what went wrong with an image is simply noted here. Everything random about an i
 the epoch and its row, so it does not depend on the number of threads or on where a run was resumed.
 """
 
-import contextlib
 import functools
 import io
 import os
@@ -199,9 +198,8 @@ class Images:
 
 
 @functools.lru_cache(maxsize=256)
-def _augmenter(name: str, fill: int, thread: int):  # noqa: ARG001: one a thread, it holds a generator
-    with contextlib.redirect_stdout(io.StringIO()):
-        import imgaug.augmenters as iaa  # takes a second: only those who augment wait for it
+def _augmenter(name: str, fill: int, thread: int):  # one a thread: it holds a generator
+    import imgaug.augmenters as iaa  # takes a second: only those who augment wait for it
 
     def half(augmenter):
         return iaa.Sometimes(0.5, augmenter)

@@ -158,7 +158,9 @@ def load(folder: str | Path) -> Saved:
         raise InputError(f"{folder}: not a saved model: {error}") from None
     if config.get("format") != FORMAT:
         raise InputError(f"{folder}: saved in format {config.get('format')}; this version reads format {FORMAT}")
-    model = Recogniser(config["backbone"], len(classes), preprocessing=Preprocessing(**config["preprocessing"]))
+    values = config["preprocessing"]
+    preprocessing = Preprocessing(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    model = Recogniser(config["backbone"], len(classes), preprocessing=preprocessing)
     model.load_state_dict(weights)
     tree_path = folder / "product_tree.csv"
     return Saved(model.eval(), classes, taxonomy.read_csv(tree_path) if tree_path.exists() else None, config)
@@ -227,7 +229,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise InputError(f"init {path}: no such file") from None
     except Exception as error:
-        raise InputError(f"init {path}: not a file of weights: {str(error).splitlines()[0]}") from None
+        raise InputError(f"init {path}: not a file of weights: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     weights = weights.get("state_dict", weights)
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     ours = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}

@@ -104,7 +104,11 @@ def train(
         todo = batches[state.batch :]
         with progress(total=len(batches), initial=state.batch, desc=f"epoch {state.epoch + 1}", unit="step") as bar:
             for inputs, rows in source.batches(todo, state.epoch):
-                lr = optim.rate(row, state.epoch + state.batch / len(batches), 1 / len(batches))
+                state.batch += 1
+                bar.update()
+                if len(rows) == 0:
+                    continue  # none of its images can be read
+                lr = optim.rate(row, state.epoch + (state.batch - 1) / len(batches), 1 / len(batches))
                 optim.set_rate(optimizer, lr)
                 labels = torch.from_numpy(source.labels[rows]).to(model.device, non_blocking=True)  # (B,)
                 with autocast(model.device, row.precision):
@@ -118,8 +122,6 @@ def train(
                     average.update_parameters(model)
                 epoch_sums.add(logits.detach(), labels, loss.detach())
                 state.step += 1
-                state.batch += 1
-                bar.update()
                 if state.batch % every == 0:
                     curve.append({"step": state.step, "loss": loss.item(), "lr": lr})
                 stopped = stop is not None and stop.is_set()

@@ -1,0 +1,248 @@
+"""A round: resumed it equals one never stopped, frozen and cached it equals the slow way."""
+
+import dataclasses
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aliprod import InputError, assembly, features, manifest, training
+from aliprod.images import CorruptImages, Images
+from aliprod.model import Recogniser, weights_digest
+from aliprod.prediction import predict
+from aliprod.recipe import Round
+
+
+def material(row: Round, data: Path) -> tuple[Recogniser, Images, Images]:
+    tables = assembly.tables(row, data)
+    model = assembly.model(row, len(tables.classes), row.init)
+
+    def images(table, augment):
+        labels = manifest.labels(table, tables.classes)
+        return Images(manifest.paths(table, data), labels, model.preprocessing, augment=augment, seed=row.seed)
+
+    return model, images(tables.train, row.augment), images(tables.val, "none")
+
+
+def changed(row: Round, **fields) -> Round:
+    return row.model_copy(update=fields)
+
+
+def trained(row: Round, data: Path, folder: Path, **options) -> tuple[Recogniser, list[training.Report]]:
+    model, source, val = material(row, data)
+    return model, list(training.train(model, row, source, val, folder, **options))
+
+
+ROUNDS = {
+    "everything": {"augment": "light", "ema_decay": 0.9, "optimizer": "adamw", "schedule": "cosine"},
+    "sgd": {"optimizer": "sgd", "warmup_epochs": 0.5},
+    "half precision": {"precision": "bf16", "optimizer": "adam", "freeze": 2},
+}
+
+
+@pytest.mark.parametrize("fields", ROUNDS.values(), ids=ROUNDS)
+def test_a_round_stopped_and_resumed_ends_with_the_same_weights(row, shop, tmp_path, fields):
+    row = changed(row, **fields)
+    straight, reports = trained(row, shop, tmp_path / "straight")
+    stop = threading.Event()
+    model, source, val = material(row, shop)
+    for report in training.train(model, row, source, val, tmp_path / "stopped", stop=stop, checkpoint_steps=3):
+        stop.set()
+    assert report.step < reports[-1].step
+    resumed, seen = trained(row, shop, tmp_path / "stopped", resume=True)
+    assert weights_digest(resumed) == weights_digest(straight)
+    epochs = [dataclasses.replace(report, curve=[]) for report in seen if report.train]
+    assert epochs == [dataclasses.replace(report, curve=[]) for report in reports]
+    assert sum((report.curve for report in seen), []) == sum((report.curve for report in reports), [])
+
+
+def test_a_killed_process_resumes_to_the_same_weights(row, shop, tmp_path):
+    row = changed(row, epochs=3, augment="light")
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "from test_training import material; from aliprod import training; from aliprod.recipe import Round\n"
+        "row = Round.model_validate_json(sys.argv[1])\n"
+        "model, source, val = material(row, Path(sys.argv[2]))\n"
+        "list(training.train(model, row, source, val, sys.argv[3], checkpoint_steps=1))\n"
+    )
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", script, row.model_dump_json(), str(shop), str(folder)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    while process.poll() is None and not list(folder.glob("step-00000000[678]*.pt")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9, "it was done before it could be killed"
+    resumed, reports = trained(row, shop, folder, resume=True)
+    straight, expected = trained(row, shop, tmp_path / "straight")
+    assert weights_digest(resumed) == weights_digest(straight)
+    assert reports[-1].val == expected[-1].val
+
+
+def test_another_round_does_not_resume(row, shop, tmp_path):
+    trained(changed(row, epochs=1), shop, tmp_path)
+    with pytest.raises(InputError, match=r"another round: lr was 0\.001 and is 0\.5"):
+        trained(changed(row, epochs=1, lr=0.5), shop, tmp_path, resume=True)
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        trained(row, shop, tmp_path / "empty", resume=True)
+
+
+@pytest.mark.parametrize("freeze", ["all", 3])
+def test_frozen_stays_frozen_over_a_round(row, shop, tmp_path, freeze):
+    row = changed(row, freeze=freeze, ema_decay=0.5)
+    model, source, val = material(row, shop)
+    model.freeze(freeze)
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    list(training.train(model, row, source, val, tmp_path))
+    after = model.backbone.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert set(model.frozen) <= same
+    modules = {name.rpartition(".")[0] for name in model.frozen}
+    assert {name for name in before if name.rpartition(".")[0] in modules} <= same  # batch statistics too
+    assert (same == set(before)) == (freeze == "all")
+
+
+def test_cached_features_train_the_head_as_the_slow_way_does(row, shop, tmp_path):
+    row = changed(row, freeze="all", epochs=3)
+    slow, slow_reports = trained(row, shop, tmp_path / "slow")
+    model, source, val = material(row, shop)
+    source, val = (features.compute(model, images, tmp_path / "cache") for images in (source, val))
+    reports = list(training.train(model, row, source, val, tmp_path / "fast"))
+    torch.testing.assert_close(model.head.weight, slow.head.weight, atol=1e-5, rtol=1e-4)
+    for fast, expected in zip(reports, slow_reports, strict=True):
+        assert fast.train == pytest.approx(expected.train, abs=1e-4)
+        assert fast.val == pytest.approx(expected.val, abs=1e-4)
+
+
+def test_a_frozen_round_runs_the_backbone_once(row, shop, tmp_path, monkeypatch):
+    row = changed(row, freeze="all", epochs=5)
+    model, source, val = material(row, shop)
+    seen = []
+    monkeypatch.setattr(
+        Recogniser, "embed", lambda self, x, embed=Recogniser.embed: seen.append(len(x)) or embed(self, x)
+    )
+    for _ in range(2):
+        frozen = [features.compute(model, images, tmp_path / "cache") for images in (source, val)]
+        list(training.train(model, row, *frozen, tmp_path / "run"))
+    assert sum(seen) == len(source.paths) + len(val.paths)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns(row, shop, tmp_path, precision):
+    _, reports = trained(changed(row, precision=precision, epochs=4, lr=3e-3), shop, tmp_path)
+    assert reports[-1].train["loss"] < 0.9 * reports[0].train["loss"]
+
+
+def test_the_average_is_the_recursion(row, shop, tmp_path):
+    row = changed(row, ema_decay=0.8, epochs=1)
+    averaged, _ = trained(row, shop, tmp_path / "a")
+    model, source, val = material(row, shop)
+    model.freeze("none")
+    expected = None
+    for step, report in enumerate(training.train(model, row, source, val, tmp_path / "b", checkpoint_steps=1)):
+        if report.train:
+            break
+        weights = model.head.weight.detach().clone()  # after this step
+        expected = weights if step == 0 else 0.8 * expected + 0.2 * weights
+    steps = len(source.rows) // row.batch_size
+    last = torch.load(tmp_path / "b" / f"step-{steps:09d}.pt", weights_only=True)["parts"]["model"]["head.weight"]
+    torch.testing.assert_close(averaged.head.weight, 0.8 * expected + 0.2 * last, atol=1e-6, rtol=1e-5)
+
+
+def test_the_kept_weights_are_those_of_the_best_epoch(row, shop, tmp_path):
+    row = changed(row, epochs=6, lr=3e-2)
+    model, source, val = material(row, shop)
+    digests, scores = [], []
+    for report in training.train(model, row, source, val, tmp_path):
+        digests.append(weights_digest(model))
+        scores.append(report.val["map"])
+    assert weights_digest(model) == digests[int(np.argmax(scores))]
+    assert [report_map == max(scores[: i + 1]) and report_map not in scores[:i] for i, report_map in enumerate(scores)]
+
+
+def test_unreadable_images_are_left_out_and_counted(row, shop, tmp_path):
+    model, source, val = material(row, shop)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    source.paths[3], source.paths[5] = str(broken), str(tmp_path / "missing.jpg")
+    reports = list(training.train(model, row, source, val, tmp_path / "run"))
+    assert set(source.corrupt) == {3, 5}
+    assert np.isfinite(reports[-1].train["loss"])
+    source.max_corrupt_share, source.corrupt = 0.01, {}
+    with pytest.raises(CorruptImages, match=r"of \d+ images cannot be read, more than max_corrupt_share 0.01"):
+        list(training.train(model, row, source, val, tmp_path / "again"))
+
+
+def test_a_batch_without_a_readable_image_is_passed_over(row, shop, tmp_path):
+    row = changed(row, batch_size=2, epochs=1)
+    model, source, _ = material(row, shop)
+    for lost in training._order(source.rows, row, 0)[1]:
+        source.paths[lost] = str(tmp_path / "missing.jpg")
+    (report,) = training.train(model, row, source, None, tmp_path)
+    assert report.step == len(source.rows) // 2 - 1
+
+
+def test_an_interrupted_embedding_goes_on_where_it_was(row, shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "BATCH_SIZE", 8)
+    monkeypatch.setattr(features, "SAVE_EVERY", 2)
+    model, source, _ = material(row, shop)
+    whole = features.compute(model, source, tmp_path / "whole")
+    seen = 0
+
+    def embed(self, images, embed=Recogniser.embed):
+        nonlocal seen
+        seen += len(images)
+        if seen == 32:
+            raise KeyboardInterrupt
+        return embed(self, images)
+
+    monkeypatch.setattr(Recogniser, "embed", embed)
+    with pytest.raises(KeyboardInterrupt):
+        features.compute(model, source, tmp_path / "parts")
+    parts = features.compute(model, source, tmp_path / "parts")
+    assert seen == 32 + len(source.paths) - 16
+    assert np.array_equal(parts.embeddings, whole.embeddings)
+
+
+def test_the_cache_notices_other_weights_sizes_and_files(row, shop, tmp_path):
+    model, source, _ = material(row, shop)
+    first = features.compute(model, source, tmp_path).digest
+    assert features.compute(model, source, tmp_path, "bf16").digest != first
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(1e-3)
+    assert features.compute(model, source, tmp_path).digest != first
+
+
+def test_repeated_rows_are_embedded_once(row, shop, tmp_path):
+    model, source, _ = material(row, shop)
+    grown = Images(source.paths + source.paths[:7], np.append(source.labels, source.labels[:7]), model.preprocessing)
+    cached = features.compute(model, grown, tmp_path)
+    assert len(cached.embeddings) == len(source.paths)
+    ((batch, _),) = cached.batches([np.array([3, len(source.paths) + 3])])
+    assert torch.equal(batch[0], batch[1])
+
+
+def test_predictions_do_not_depend_on_the_batch_size(row, shop, tmp_path, monkeypatch):
+    model, _, val = material(row, shop)
+    whole = predict(model, val)
+    monkeypatch.setattr("aliprod.prediction.BATCH_SIZE", 3)
+    parts = predict(model, val)
+    assert (parts["pred"] == whole["pred"]).all()
+    np.testing.assert_allclose(parts.to_numpy(), whole.to_numpy(), atol=1e-5)
+
+
+def test_predictions_are_the_softmax(row, shop):
+    model, _, val = material(row, shop)
+    table = predict(model, val, top=3)
+    with torch.inference_mode():
+        batch, rows = next(val.batches([val.rows]))
+        probabilities = model(batch).softmax(dim=1)
+    best = probabilities.topk(3)
+    assert table[["pred", "pred_2", "pred_3"]].to_numpy().tolist() == best.indices.tolist()
+    np.testing.assert_allclose(table[["confidence", "confidence_2", "confidence_3"]], best.values, atol=1e-5)
+    labels = torch.from_numpy(val.labels[rows])
+    np.testing.assert_allclose(table["loss"], -probabilities[torch.arange(len(rows)), labels].log(), atol=1e-5)
