@@ -9,8 +9,8 @@ the epoch and its row, so it does not depend on the number of threads or on wher
 import functools
 import io
 import os
+import re
 import threading
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from aliprod import InputError
 
@@ -63,26 +63,28 @@ def decode(data: bytes) -> np.ndarray:
     if not data:
         raise InputError("the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MAX_PIXELS is the limit that counts, not Pillow's warning
-            header = Image.open(io.BytesIO(data))  # reads the header alone
+        header = Image.open(io.BytesIO(data))  # reads the header alone
+    except Image.UnidentifiedImageError:
+        raise InputError("not an image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"too many pixels; at most {MAX_PIXELS} in all are read") from None
     except Exception as error:
-        raise InputError("not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)) from None
+        raise InputError(f"damaged or cut short: {error}") from None
     width, height = header.size
     if width * height > MAX_PIXELS:
         raise InputError(f"{width} x {height} pixels; at most {MAX_PIXELS} in all are read")
-    # libjpeg paints what is missing grey and only warns. After the last scan a whole file has its end marker.
-    if header.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    if data.startswith(b"\xff\xd8") and not _has_end(data):  # libjpeg would paint what is missing grey
         raise InputError("the JPEG is cut short")
-    transparent = header.mode in ("RGBA", "LA", "PA") or "transparency" in header.info
-    flags = cv2.IMREAD_UNCHANGED if transparent else cv2.IMREAD_COLOR_RGB
     try:
-        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
-    except cv2.error as error:
-        raise InputError(f"cannot be decoded: {error.err}") from None
+        turned = header.format == "WEBP" and ExifTags.Base.Orientation in header.getexif()  # OpenCV overlooks it
+        if turned or (header.has_transparency_data and header.mode != "I;16"):
+            return _on_white(header)
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
+    except Exception as error:
+        raise InputError(f"the {header.format} is damaged or cut short: {error}") from None
     if image is None:
-        raise InputError(f"the {header.format} cannot be decoded")
-    return _on_white(image) if transparent else image
+        raise InputError(f"the {header.format} is damaged or cut short")
+    return image
 
 
 def letterbox(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
@@ -116,8 +118,8 @@ def load(data: bytes, preprocessing: Preprocessing, augment: str = "none", seed:
 class Images:
     """The photographs of a table, as batches.
 
-    paths: N files, or what stands in them; labels (N,) int64 or None. `corrupt` collects row -> reason as batches are drawn, and
-    CorruptImages is raised once they are more than max_corrupt_share of all N.
+    paths: N files, or what stands in them; labels (N,) int64 or None. `corrupt` collects row -> reason as batches
+    are drawn, and CorruptImages is raised once they are more than max_corrupt_share of all N.
     """
 
     def __init__(
@@ -160,7 +162,10 @@ class Images:
         """Adds to `corrupt`; raises CorruptImages once there are too many."""
         self.corrupt |= reasons
         if len(self.corrupt) > self.max_corrupt_share * len(self.paths):
-            files = {str(self.paths[row]): reason for row, reason in self.corrupt.items()}
+            files = {
+                f"image {row}" if isinstance(path := self.paths[row], bytes) else str(path): reason
+                for row, reason in self.corrupt.items()
+            }
             raise CorruptImages(files, len(self.paths), self.max_corrupt_share)
 
     def replace(self, paths: list[str]) -> "Images":
@@ -215,11 +220,19 @@ def _augmenter(name: str, fill: int, thread: int):  # one a thread: it holds a g
     return iaa.Sequential({"light": light, "strong": strong}[name])
 
 
-def _on_white(image: np.ndarray) -> np.ndarray:
-    if image.dtype == np.uint16:
-        image = (image // 257).astype(np.uint8)
-    if image.ndim == 2 or image.shape[2] < 4:  # the file spoke of transparency but has none
-        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB)
-    colour = cv2.cvtColor(image, cv2.COLOR_BGRA2RGB).astype(np.uint16)
-    alpha = image[:, :, 3:].astype(np.uint16)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a JPEG; the others stand inside the compressed data
+
+
+def _has_end(jpeg: bytes) -> bool:
+    """Whether the end marker follows the last scan. Thumbnails, and films that telephones append, have their own."""
+    at = 2
+    while marker := _MARKER.search(jpeg, at):
+        if marker[0] == b"\xff\xd9":
+            return True
+        at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")  # past the segment
+    return False
+
+
+def _on_white(image: Image.Image) -> np.ndarray:
+    upright = ImageOps.exif_transpose(image).convert("RGBA")
+    return np.array(Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB"))

@@ -38,7 +38,7 @@ def read_json(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     try:
         images = msgspec.json.decode(path.read_bytes(), type=_Split).images
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from None
     table = pd.DataFrame(
         {
@@ -48,8 +48,6 @@ def read_json(path: str | Path) -> pd.DataFrame:
     )
     table.insert(0, "split", pd.array([path.stem] * len(table), dtype="str"))
     _refuse(path, table, table.duplicated(), "this photograph is listed twice")
-    if path.stem != "test":
-        _refuse(path, table, table["class_id"] == "", "class_id is missing")
     return _checked(path, table)
 
 
@@ -71,8 +69,11 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
     """Writes any table as CSV, beside the target first, so that no half-written file is ever seen."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(_csv_bytes(table))
-    beside.replace(path)
+    try:
+        beside.write_bytes(_csv_bytes(table))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def digest(table: pd.DataFrame) -> str:
@@ -150,6 +151,8 @@ def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
         wrong = table[column].str.contains(r"[/\\\x00]", regex=True) | table[column].isin([".", ".."])
         _refuse(path, table, wrong, f"{column} must be a plain name, without / or \\")
     _refuse(path, table, table["image_id"] == "", "image_id is missing")
+    _refuse(path, table, table["split"] == "", "split is missing")
+    _refuse(path, table, (table["class_id"] == "") & (table["split"] != "test"), "class_id is missing")
     return table
 
 

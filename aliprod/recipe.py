@@ -20,7 +20,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Round(BaseModel):
     """One row of the table: what is trained, from what, on what, and how."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     """Name of the round, unique in its recipe."""
@@ -93,10 +95,12 @@ class Round(BaseModel):
 class Recipe(BaseModel):
     """Rounds in the order they run, each named once."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
+    """Name of the recipe; absent: the file's."""
     rounds: Annotated[tuple[Round, ...], Field(alias="round", min_length=1)]
+    """One [[round]] table a round."""
 
     @model_validator(mode="after")
     def _unique(self) -> "Recipe":
@@ -128,7 +132,7 @@ def override(row: Round, overrides: str) -> Round:
     changes: dict[str, Any] = {}
     for item in overrides.split():
         field, equals, text = item.partition("=")
-        if not equals:
+        if not field or not equals:
             raise InputError(f"overrides: {item!r} is not of the form field=value")
         try:
             changes[field] = tomllib.loads(f"value = {text}")["value"]
@@ -139,26 +143,37 @@ def override(row: Round, overrides: str) -> Round:
 
 def to_toml(row: Round) -> str:
     """The round as a recipe file of its own, which `read` reads back to the same round."""
-    lines = ["[[round]]"]
-    for name, value in row.model_dump(exclude_none=True).items():
-        pairs = (
-            ", ".join(f"{json.dumps(key)} = {json.dumps(number)}" for key, number in value.items())
-            if isinstance(value, dict)
-            else ""
-        )
-        lines.append(f"{name} = {{ {pairs} }}" if isinstance(value, dict) else f"{name} = {json.dumps(value)}")
-    return "\n".join(lines) + "\n"
+    lines = [f"{name} = {_toml(value)}" for name, value in row.model_dump(exclude_none=True).items()]
+    return "\n".join(["[[round]]", *lines]) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml(key)} = {_toml(number)}" for key, number in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML allows no other escapes of JSON's
 
 
 def _validated(model: type[BaseModel], table: dict[str, Any], source: str) -> Any:
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "constrained-str")
-        value = "" if isinstance(first["input"], dict) else f" {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            choices = Recipe.model_fields if "." not in where and model is Recipe else Round.model_fields
-            message = f"no such field; there are {', '.join(choices)}"
-        raise InputError(f"{source}: {where}{value}: {message}") from None
+        raise InputError(f"{source}: {_explained(error.errors(), model)}") from None
+
+
+def _explained(errors: list[Any], model: type[BaseModel]) -> str:
+    """One line on the first wrong field: round, field, value, what is allowed and what the field is."""
+    first, place = errors[0], errors[0]["loc"]
+    number = ""
+    if model is Recipe and place[0:1] == ("round",) and len(place) > 1:
+        model, number, place = Round, f"round {place[1] + 1}", place[2:]
+    known = {field.alias or name: field.description or "" for name, field in model.model_fields.items()}
+    field = str(place[0]) if place else ""
+    value = "" if not field or isinstance(first["input"], dict) else f" {first['input']!r}"
+    # A field of several types has an error for each: they start at the same place.
+    until = len(first["loc"]) - len(place) + 1
+    alike = [error["msg"] for error in errors if error["loc"][:until] == first["loc"][:until]]
+    allowed = ", or ".join(dict.fromkeys(text.removeprefix("Value error, ") for text in alike))
+    if first["type"] == "extra_forbidden":
+        allowed = f"no such field; there are {', '.join(known)}"
+    meaning = f" ({known[field].rstrip('.')})" if known.get(field) else ""
+    return ": ".join(filter(None, [number, field + value, allowed.replace("Input should be", "must be") + meaning]))

@@ -71,10 +71,13 @@ def read(path: str | Path) -> Taxonomy:
     """
     path = Path(path)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        nodes = _rows(tree)
-    except (json.JSONDecodeError, UnicodeDecodeError, InputError) as error:
+        nodes = _rows(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply to be read; edges and paths may have any depth") from None
     names, parents, class_ids = zip(*nodes, strict=True)
     leaves = pd.Series([class_id for class_id in class_ids if class_id])
     if (twice := leaves[leaves.duplicated()]).size:
@@ -84,11 +87,19 @@ def read(path: str | Path) -> Taxonomy:
 
 def read_csv(path: str | Path) -> Taxonomy:
     """Reads the table that `Taxonomy.to_frame` gives."""
-    table = pd.read_csv(path, dtype={"name": "str", "class_id": "str"}, keep_default_na=False)
+    types = {"name": "str", "parent": "int32", "class_id": "str"}
+    table = pd.read_csv(path, dtype=types, keep_default_na=False)
     return Taxonomy(*(table[column].to_numpy() for column in ("name", "parent", "class_id")))
 
 
 Row = tuple[str, int, str]  # name, parent's row, class_id
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(table := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise InputError(f"{next(key for key in table if keys.count(key) > 1)!r} stands more than once in one object")
+    return table
 
 
 def _rows(tree: Any) -> list[Row]:
@@ -98,17 +109,22 @@ def _rows(tree: Any) -> list[Row]:
     if not isinstance(items, list) or not items:
         raise InputError(f"found {_shape(tree)}; a product tree is {_FORMATS}")
     if isinstance(tree, dict):
-        if all(isinstance(path, list) and path and all(isinstance(name, str) for name in path) for _, path in items):
+        if all(_is_path(path) for path in tree.values()):
             return _from_paths(items)
     elif all(isinstance(item, dict) and "name" in item for item in items):
         return _from_nested(items)
     elif all(isinstance(item, dict) and {"class_id", "path"} <= item.keys() for item in items):
-        return _rows({item["class_id"]: item["path"] for item in items})
+        if all(isinstance(item["class_id"], str) and _is_path(item["path"]) for item in items):
+            return _from_paths([(item["class_id"], item["path"]) for item in items])
     elif all(isinstance(item, dict) and {"parent", "child"} <= item.keys() for item in items):
         return _from_edges([(item["parent"], item["child"]) for item in items])
     elif all(isinstance(item, list) and len(item) == 2 for item in items):
         return _from_edges(items)
     raise InputError(f"found {_shape(tree)}; a product tree is {_FORMATS}")
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _from_nested(roots: list[dict]) -> list[Row]:
@@ -130,34 +146,35 @@ def _from_nested(roots: list[dict]) -> list[Row]:
 
 def _from_paths(items: list[tuple[str, list[str]]]) -> list[Row]:
     rows: list[Row] = []
-    inner: dict[tuple[str, ...], int] = {}
+    inner: dict[tuple[int, str], int] = {}  # (parent, name) -> row
     for class_id, path in items:
+        if not class_id:
+            raise InputError(f"path {path}: its class_id is empty")
         parent = -1
-        for depth in range(1, len(path)):
-            prefix = tuple(path[:depth])
-            if prefix not in inner:
-                inner[prefix] = len(rows)
-                rows.append((path[depth - 1], parent, ""))
-            parent = inner[prefix]
+        for name in path[:-1]:
+            if (parent, name) not in inner:
+                inner[parent, name] = len(rows)
+                rows.append((name, parent, ""))
+            parent = inner[parent, name]
         rows.append((path[-1], parent, class_id))
     return rows
 
 
 def _from_edges(edges: list[tuple[str, str]]) -> list[Row]:
-    children: dict[str, list[str]] = {}
+    children: dict[str, dict[str, None]] = {}  # in their order, each once however often its edge is listed
     parents: dict[str, str] = {}
     for parent, child in edges:
         if not isinstance(parent, str) or not isinstance(child, str):
             raise InputError(f"edge {[parent, child]}: both ends must be strings")
         if parents.setdefault(child, parent) != parent:
             raise InputError(f"node {child!r} has two parents, {parents[child]!r} and {parent!r}")
-        children.setdefault(parent, []).append(child)
+        children.setdefault(parent, {})[child] = None
     rows: list[Row] = []
     waiting = [(root, -1) for root in reversed([node for node in children if node not in parents])]
     while waiting:
-        node, parent = waiting.pop()
-        rows.append((node, parent, "" if node in children else node))
-        waiting += [(child, len(rows) - 1) for child in reversed(children.get(node, []))]
+        node, above = waiting.pop()
+        rows.append((node, above, "" if node in children else node))
+        waiting += [(child, len(rows) - 1) for child in reversed(children.get(node, {}))]
     reached = {name for name, _, _ in rows}
     if lost := next((node for node in parents if node not in reached), None):
         raise InputError(f"node {lost!r} lies on a cycle")

@@ -1,6 +1,7 @@
 """What tests share: a tiny catalogue, a tiny network, the grocery photographs where they are, real servers."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,9 +11,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from aliprod import catalogue, recipe
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 ROOT = Path(__file__).parents[1]
 GROCERY = ROOT.parent / "shared" / "data" / "grocery"
@@ -42,6 +47,25 @@ def row() -> recipe.Round:
     return recipe.Round(
         name="tiny", init="random", backbone="test_resnet", epochs=2, batch_size=16, lr=1e-3, image_size=64
     )
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """An SQLite store without runs; making one takes seconds, copying it none."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def store(empty_store, tmp_path, monkeypatch) -> MlflowClient:
+    """The client of an SQLite store of its own, as `mlflow run` uses by default."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(None)
+    return MlflowClient()
 
 
 class Server:

@@ -43,8 +43,10 @@ def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int)
     The code travels with it (models from code, no pickle), as do the versions of what serving needs. `step` is
     the step of the run's metrics that describe the model.
     """
-    if getattr(client.get_run(run_id).outputs, "model_outputs", None):
+    run = client.get_run(run_id)
+    if run.outputs and run.outputs.model_outputs:
         return
+    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # or the model would end in the default one
     Model.log(
         artifact_path=None,
         flavor=mlflow.pyfunc,
@@ -65,27 +67,30 @@ def fetch(name: str) -> Path:
 
     InputError says what was looked for and not found.
     """
-    if name == "newest":
-        name = newest({}) or name
-    path = Path(name)
-    if (path / "config.json").exists():
-        return path
-    if re.fullmatch(r"[0-9a-f]{32}", name):
-        name = f"runs:/{name}/{NAME}"
-    elif not re.match(r"\w+:/", name):
-        raise InputError(
-            f"model {name!r} not found: give a saved folder, a run id, runs:/<run id>/{NAME} or models:/<name>@<alias>"
-        )
+    if (Path(name) / "config.json").exists():
+        return Path(name)
     try:
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=name))
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=_uri(name)))
     except (MlflowException, OSError) as error:
         raise InputError(f"model {name!r} not found: {str(error).splitlines()[0]}") from None
-    found = [
-        config.parent for config in [local / "config.json", *local.glob("artifacts/*/config.json")] if config.exists()
-    ]
-    if not found:
+    found = next(local.glob("**/config.json"), None)
+    if found is None:
         raise InputError(f"model {name!r} was not logged by this project: it holds no config.json")
-    return found[0]
+    return found.parent
+
+
+def _uri(name: str) -> str:
+    run_id = newest({}) if name == "newest" else None
+    if named := re.fullmatch(rf"(?:runs:/)?([0-9a-f]{{32}})(?:/{NAME})?", name):
+        run_id = named[1]
+    if run_id:  # by the model's own id: the path below the run need not hold any file
+        outputs = MlflowClient().get_run(run_id).outputs
+        if outputs and outputs.model_outputs:
+            return f"models:/{outputs.model_outputs[-1].model_id}"
+    if not re.match(r"\w+:/", name):
+        choices = f"a saved folder, a run id, runs:/<run id>/{NAME}, models:/<name>@<alias> or newest"
+        raise InputError(f"model {name!r} not found: give {choices}")
+    return name
 
 
 def newest(tags: dict[str, Any]) -> str | None:

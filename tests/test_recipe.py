@@ -1,0 +1,183 @@
+"""Recipes: what is written is what is read, and whatever is impossible is refused in one readable line."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from aliprod import InputError
+from aliprod.recipe import Round, override, read, to_toml
+
+SHIPPED = sorted((Path(__file__).parents[1] / "entrypoints" / "recipes").glob("*.toml"))
+ROUND = '[[round]]\nname = "a"\n'
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """Writes a recipe file, and gives the one line with which it is refused."""
+
+    def refuse(text: str | bytes) -> str:
+        path = tmp_path / "wrong.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(InputError) as caught:
+            read(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+        return message.removeprefix(f"{path}: ")
+
+    return refuse
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_reads_and_survives_a_round_trip(path, tmp_path):
+    recipe = read(path)
+    assert recipe.name == path.stem
+    for row in recipe.rounds:
+        again = tmp_path / f"{row.name}.toml"
+        again.write_text(to_toml(row), encoding="utf-8")
+        assert read(again).row("") == row
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"samples_per_class": (2, 9), "reported": {"num_classes": 14132, "gap": 0.7972}},
+        {"reported": {}},
+        {"reported": {"top 5, %": 1e-9, "naïve": 2.5}},
+        {"lr": 1e-7, "weight_decay": 0, "warmup_epochs": 0.5, "seed": 2**32 - 1},
+        {"freeze": 3, "compile": True, "precision": "bf16"},
+        {"init": 'C:\\net\\"ä".pth', "manifest": "a\tb.csv"},
+        {"init": "\N{SHOPPING TROLLEY}\x7f#=[]"},
+    ],
+)
+def test_what_to_toml_writes_reads_back_equal(fields, tmp_path):
+    row = Round(name="v1.2-b", **fields)
+    path = tmp_path / "again.toml"
+    path.write_text(to_toml(row), encoding="utf-8")
+    assert read(path).rounds == (row,)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("epochs = 0", "epochs 0: must be greater than or equal to 1"),
+        ("epochs = 2.5", "epochs 2.5: must be a valid integer"),
+        ("epochs = true", "epochs True: must be a valid integer"),
+        ("epochs = nan", "epochs nan: must be a valid integer"),
+        ("batch_size = 1", "batch_size 1: must be greater than or equal to 2"),
+        ("lr = -1", "lr -1: must be greater than 0"),
+        ("lr = 11", "lr 11: must be less than or equal to 10"),
+        ('lr = "abc"', "lr 'abc': must be a valid number"),
+        ('lr = "1e-3"', "lr '1e-3': must be a valid number"),
+        ("lr = nan", "lr nan: must be a finite number"),
+        ("lr = inf", "lr inf: must be a finite number"),
+        ("image_size = 31", "image_size 31: must be greater than or equal to 32"),
+        ("label_smoothing = 1.0", "label_smoothing 1.0: must be less than 1"),
+        ("max_corrupt_share = 1.5", "max_corrupt_share 1.5: must be less than or equal to 1"),
+        ("seed = -1", "seed -1: must be greater than or equal to 0"),
+        ("seed = 4294967296", "seed 4294967296: must be less than 4294967296"),
+        ('compile = "no"', "compile 'no': must be a valid boolean"),
+        ("compile = 0", "compile 0: must be a valid boolean"),
+        ('loss = "hinge"', "loss 'hinge': must be "),
+        ('head = "tree"', "head 'tree': must be "),
+        ('precision = "int8"', "precision 'int8': must be 'fp32', 'bf16' or 'fp16'"),
+        ('augment = "medium"', "augment 'medium': must be 'none', 'light' or 'strong'"),
+        ('freeze = "some"', "freeze 'some': must be 'none' or 'all', or must be a valid integer (What stays"),
+        ("freeze = 0", "freeze 0: must be 'none' or 'all', or must be greater than or equal to 1"),
+        ('init = ""', "init '': "),
+        ('manifest = "val"', "train, balanced, or the path of a table"),
+        ("samples_per_class = [5, 2]", "samples_per_class [5, 2]: least must not exceed most"),
+        ("samples_per_class = [5]", "samples_per_class [5]: "),
+        ("samples_per_class = [1, 2, 3]", "samples_per_class [1, 2, 3]: "),
+        ("samples_per_class = [0, 9]", "samples_per_class 0: must be greater than or equal to 1"),
+        ("samples_per_class = 5", "samples_per_class 5: "),
+        ("warmup_epochs = 2", "warmup_epochs 2.0 must not exceed epochs 1"),
+        ('reported = { gap = "good" }', "reported 'good': must be a valid number"),
+        ("epoch = 3", "epoch 3: no such field; there are name, init, manifest, samples_per_class"),
+    ],
+)
+def test_impossible_values_are_refused_with_field_value_and_what_is_allowed(refusal, line, words):
+    message = refusal(f"{ROUND}{line}\n")
+    assert message.startswith("round 1: ")
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "round: Field required (One [[round]] table a round)"),
+        ("round = []", "round []: "),
+        ('[round]\nname = "a"', "round: "),
+        ("[[round]]\nlr = 1e-3", "round 1: name: Field required"),
+        ('[[round]]\nname = "a b"', "round 1: name 'a b': "),
+        (ROUND + ROUND, "round names must differ: a stands more than once"),
+        (ROUND + '[[round]]\nname = "b"\nlr = 0', "round 2: lr 0: must be greater than 0"),
+        (ROUND + "[extra]\nx = 1", "extra: no such field; there are name, round"),
+        ("[[round]\nname", "not TOML: "),
+        (ROUND + "epochs = 1\nepochs = 2", "not TOML: "),
+        (b"\xff\xfe", "not TOML: "),
+    ],
+)
+def test_files_that_are_no_recipes_are_refused(refusal, text, words):
+    assert refusal(text).startswith(words)
+
+
+def test_an_unknown_round_is_answered_with_the_choices(tmp_path):
+    path = tmp_path / "two.toml"
+    path.write_text(f'{ROUND}[[round]]\nname = "b"\n')
+    recipe = read(path)
+    assert (recipe.row("").name, recipe.row("a").name, recipe.row("b").name) == ("a", "a", "b")
+    with pytest.raises(InputError, match="recipe two: no round 'c'; it has a, b"):
+        recipe.row("c")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        ("", {}),
+        ("lr=3e-4 epochs=2", {"lr": 3e-4, "epochs": 2}),
+        ("  lr=1 \n lr=2 ", {"lr": 2.0}),
+        ("samples_per_class=[2,9]", {"samples_per_class": (2, 9)}),
+        ("freeze=all augment=light", {"freeze": "all", "augment": "light"}),
+        ('freeze=2 precision="bf16"', {"freeze": 2, "precision": "bf16"}),
+        ("compile=true", {"compile": True}),
+        ("init=models:/shop@champion", {"init": "models:/shop@champion"}),
+        ("init=runs:/1a2b/model?x=y", {"init": "runs:/1a2b/model?x=y"}),
+        ("manifest=/data/clean.csv name=v2.1", {"manifest": "/data/clean.csv", "name": "v2.1"}),
+        ("reported={gap=0.5}", {"reported": {"gap": 0.5}}),
+    ],
+)
+def test_overrides_replace_the_named_fields_and_no_others(overrides, changes):
+    row = Round(name="a", epochs=3)
+    assert override(row, overrides) == row.model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("junk", "'junk' is not of the form field=value"),
+        ("lr=1 =3", "'=3' is not of the form field=value"),
+        ("lr=", "lr '': must be a valid number"),
+        ("lr=3e-4, epochs=2", "lr '3e-4,': must be a valid number"),
+        ("epochs=2.5", "epochs 2.5: must be a valid integer"),
+        ("compile=True", "compile 'True': must be a valid boolean"),
+        ("learning_rate=1", "learning_rate 1: no such field; there are name, init"),
+        ("samples_per_class=[9,2]", "samples_per_class [9, 2]: least must not exceed most"),
+        ("warmup_epochs=5", "warmup_epochs 5.0 must not exceed epochs 1"),
+    ],
+)
+def test_impossible_overrides_are_refused(overrides, words):
+    with pytest.raises(InputError) as caught:
+        override(Round(name="a"), overrides)
+    assert str(caught.value).startswith(f"overrides: {words}")
+
+
+def test_a_round_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Round(name="a").lr = 1.0
+
+
+def test_every_field_says_what_it_is():
+    assert all(field.description for field in Round.model_fields.values())

@@ -1,0 +1,196 @@
+"""What is recorded arrives once, whatever the server does; what is logged can be loaded and served."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from conftest import Server
+from mlflow import MlflowClient
+
+from aliprod import InputError, assembly, manifest, model
+from aliprod.prediction import recognise
+from tracking import models, runs, spool
+
+
+@pytest.fixture
+def logged(row, shop, store, tmp_path):
+    """A run with the model of an untrained round logged, and the folder that was logged."""
+    tables = assembly.tables(row, shop)
+    made = assembly.model(row, len(tables.classes), "random")
+    with runs.start("logged", tmp_path / "work") as run:
+        made.save(run.folder / "model", tables.classes, tables.tree, {})
+        run.model(run.folder / "model", manifest.paths(tables.val, shop)[0], step=1)
+    return run
+
+
+def test_a_server_killed_in_mid_run_misses_nothing_and_gets_nothing_twice(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(spool, "PATIENCE", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    mlflow.set_tracking_uri(server.uri)
+    with runs.start("killed", tmp_path / "work") as run:
+        for step in range(12):
+            if step == 4:
+                server.kill()
+            if step == 8:
+                server.start()
+            run.metrics({"loss": 1 / (step + 1)}, step)
+            run.text(f"step {step}", f"notes/{step}.txt")
+        server.kill()
+        run.curve([{"step": step, "lr": 0.1 * step} for step in range(1500)], "step/")
+    sent = (run.folder / "spool.sent").read_text()
+    assert int(sent) < (run.folder / "spool.jsonl").stat().st_size
+    server.start()
+    assert spool.send_waiting(tmp_path / "work") == {run.id: True}
+    assert spool.send_waiting(tmp_path / "work") == {}
+    client = MlflowClient()
+    losses = client.get_metric_history(run.id, "loss")
+    assert [(metric.step, metric.value) for metric in losses] == [(step, 1 / (step + 1)) for step in range(12)]
+    assert len(client.get_metric_history(run.id, "step/lr")) == 1500
+    assert len(client.list_artifacts(run.id, "notes")) == 12
+    assert client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_a_record_sent_but_not_noted_is_not_counted_twice(store, tmp_path):
+    with runs.start("twice", tmp_path / "work") as run:
+        run.metrics({"loss": 0.5}, 1)
+    (run.folder / "spool.sent").unlink()  # as if the process had died before noting anything
+    assert spool.send_waiting(tmp_path / "work") == {run.id: True}
+    assert len(store.get_metric_history(run.id, "loss")) == 1
+
+
+def test_a_line_cut_off_by_a_crash_is_not_sent(store, tmp_path):
+    with runs.start("cut", tmp_path / "work") as run:
+        run.metrics({"loss": 0.5}, 1)
+    with (run.folder / "spool.jsonl").open("ab") as file:
+        file.write(b'{"kind": "metri')
+    spool.send_waiting(tmp_path / "work")
+    assert len(store.get_metric_history(run.id, "loss")) == 1
+
+
+def test_a_refused_record_is_kept_and_does_not_hold_up_the_others(store, tmp_path, capsys):
+    with runs.start("refused", tmp_path / "work") as run:
+        run.params({"lr": 0.1})
+        run.params({"lr": 0.2})
+        run.metrics({"loss": 0.5}, 1)
+    assert "refused a record" in capsys.readouterr().out
+    assert json.loads((run.folder / "refused.jsonl").read_text()) == {"kind": "params", "values": {"lr": "0.2"}}
+    assert store.get_run(run.id).data.metrics["loss"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(None, "FINISHED"), (KeyboardInterrupt, "KILLED"), (ValueError("no"), "FAILED")]
+)
+def test_a_run_is_closed_whatever_happens(store, tmp_path, raised, status):
+    try:
+        with runs.start("closed", tmp_path / "work") as run:
+            if raised:
+                raise raised
+    except (KeyboardInterrupt, ValueError):
+        pass
+    finished = store.get_run(run.id)
+    assert finished.info.status == status
+    assert finished.data.tags.get("aliprod.error") == ("ValueError: no" if status == "FAILED" else None)
+
+
+def test_a_dead_server_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"tracking server http://127.0.0.1:9 does not answer"):
+        runs.start("dead", tmp_path).__enter__()
+
+
+def test_system_metrics_are_recorded(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    with runs.start("system", tmp_path / "work") as run:
+        while not store.get_run(run.id).data.metrics:
+            pass
+    assert "system/cpu_utilization_percentage" in store.get_run(run.id).data.metrics
+
+
+def test_a_dataset_is_an_input_with_its_digest(store, tmp_path, shop):
+    table = manifest.read(shop, "train")
+    with runs.start("inputs", tmp_path / "work") as run:
+        run.dataset(table, str(shop), "train", "training")
+    (used,) = store.get_run(run.id).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("train", manifest.digest(table))
+
+
+def test_a_model_is_found_by_every_name_it_has(logged, store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    (output,) = store.get_run(logged.id).outputs.model_outputs
+    mlflow.register_model(f"models:/{output.model_id}", "recogniser")
+    store.set_registered_model_alias("recogniser", "champion", 1)
+    expected = model.weights_digest(model.load(logged.folder / "model").model)
+    names = ["newest", logged.id, f"runs:/{logged.id}/model", f"models:/{output.model_id}"]
+    for name in [*names, "models:/recogniser/1", "models:/recogniser@champion", str(logged.folder / "model")]:
+        assert model.weights_digest(model.load(models.fetch(name)).model) == expected, name
+
+
+@pytest.mark.parametrize("name", ["nowhere", "0" * 32, "models:/none@champion", "runs:/x/model", "newest"])
+def test_a_model_that_is_not_there_is_refused(store, name):
+    with pytest.raises(InputError, match=f"model '.*{name[:5]}.*not found"):
+        models.fetch(name)
+
+
+def test_sending_a_model_again_logs_no_second_one(logged, store):
+    (logged.folder / "spool.sent").unlink()
+    spool.send_waiting(logged.folder.parents[1])
+    assert len(store.get_run(logged.id).outputs.model_outputs) == 1
+
+
+def test_the_pyfunc_answers_as_the_saved_model(logged, shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    files = manifest.paths(manifest.read(shop, "val"), shop)
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"not an image")
+    contents = [Path(file).read_bytes() for file in [*files, bad]]
+    served = mlflow.pyfunc.load_model(f"runs:/{logged.id}/model").predict(
+        pd.DataFrame({"image": contents}), params={"top": 3}
+    )
+    expected = recognise(model.load(logged.folder / "model"), [*files, str(bad)], top=3)
+    pd.testing.assert_frame_equal(served, expected)
+    assert served["error"].iloc[-1] == "not an image" and served["class_ids"].iloc[-1] == []
+    assert served["class_ids"].str.len().iloc[:-1].eq(3).all()
+
+
+def test_the_served_model_answers_http_and_the_command_line(logged, shop, tmp_path):
+    files = manifest.paths(manifest.read(shop, "val"), shop)[:5]
+    expected = recognise(model.load(logged.folder / "model"), files)
+    images = [[base64.b64encode(Path(file).read_bytes()).decode()] for file in files]
+    request = {"dataframe_split": {"columns": ["image"], "data": images}}
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PYTHONPATH": "",
+    }
+    os.environ.update(environment)
+    serving = Server(
+        ["mlflow", "models", "serve", "-m", f"runs:/{logged.id}/model", "--env-manager", "local"], "/ping", tmp_path
+    )
+    serving.start()
+    try:
+        answer = urllib.request.urlopen(
+            urllib.request.Request(
+                serving.uri + "/invocations", json.dumps(request).encode(), {"Content-Type": "application/json"}
+            ),
+            timeout=60,
+        )
+        over_http = pd.DataFrame(json.load(answer)["predictions"])
+    finally:
+        serving.kill()
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    command = ["models", "predict", "-m", f"runs:/{logged.id}/model", "--env-manager", "local", "-t", "json"]
+    paths = ["-i", str(tmp_path / "request.json"), "-o", str(tmp_path / "answer.json")]
+    subprocess.run([sys.executable, "-m", "mlflow", *command, *paths], check=True, env=environment, cwd=tmp_path)
+    by_command = pd.DataFrame(json.loads((tmp_path / "answer.json").read_text())["predictions"])
+    for answers in (over_http, by_command):
+        pd.testing.assert_frame_equal(answers[expected.columns], expected, check_exact=False, atol=1e-5)
