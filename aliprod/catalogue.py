@@ -51,6 +51,7 @@ class Plan:
 
     @property
     def num_classes(self) -> int:
+        """Products in all."""
         return self.departments * self.categories * self.brands * self.products
 
 

@@ -229,7 +229,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise InputError(f"init {path}: no such file") from None
     except Exception as error:
-        raise InputError(f"init {path}: not a file of weights: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        raise InputError(
+            f"init {path}: not a file of weights: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from None
     weights = weights.get("state_dict", weights)
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     ours = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}

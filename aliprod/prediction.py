@@ -98,7 +98,7 @@ def image_files(images: str) -> list[str]:
 
 
 def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:
-    """What `recognise` gives, as one flat row a file: file, class_id, name, path, confidence, class_id_2, ..., error."""
+    """What `recognise` gives as one flat row a file: file, class_id, name, path, confidence, class_id_2 ..., error."""
     columns: dict[str, Any] = {"file": files}
     names = {"class_ids": "class_id", "names": "name", "paths": "path", "confidences": "confidence"}
     for place in range(answers["class_ids"].str.len().max()):

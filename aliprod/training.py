@@ -72,30 +72,19 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(row.seed)
-    model.freeze(row.freeze)
-    optimizer = optim.optimizer(model, row)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=row.precision == "fp16")
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(row.ema_decay), use_buffers=True)
-        if row.ema_decay
-        else None
-    )
-    evaluated = average.module if average else model
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"average": average} if average else {})
-    state, epoch_sums = _State(), _EpochSums(len(source.rows), model.device)
+    learner = _Learner(model, row, source.forward(model))
+    state, sums = _State(), _EpochSums(len(source.rows), model.device)
     if resume:
-        state, epoch_sums = _restore(folder, parts, row, epoch_sums)
+        state = _restore(folder, learner, sums, row)
         yield from (Report(**report) for report in state.reports)
-    forward = source.forward(model)
-    if row.compile:
-        forward = torch.compile(forward)
     curve: list[dict[str, float]] = []
 
-    def report(**scores: Any) -> Report:
-        made = Report(epoch=state.epoch, step=state.step, curve=list(curve), **scores)
-        state.reports.append(asdict(made))
+    def saved(**scores: Any) -> Report:
+        report = Report(epoch=state.epoch, step=state.step, curve=list(curve), **scores)
         curve.clear()
-        return made
+        state.reports.append(asdict(report))
+        _save(folder, learner, sums, row, state)
+        return report
 
     while state.epoch < row.epochs:
         model.train()
@@ -104,57 +93,92 @@ def train(
         todo = batches[state.batch :]
         with progress(total=len(batches), initial=state.batch, desc=f"epoch {state.epoch + 1}", unit="step") as bar:
             for inputs, rows in source.batches(todo, state.epoch):
+                lr = optim.rate(row, state.epoch + state.batch / len(batches), 1 / len(batches))
                 state.batch += 1
                 bar.update()
                 if len(rows) == 0:
                     continue  # none of its images can be read
-                lr = optim.rate(row, state.epoch + (state.batch - 1) / len(batches), 1 / len(batches))
-                optim.set_rate(optimizer, lr)
                 labels = torch.from_numpy(source.labels[rows]).to(model.device, non_blocking=True)  # (B,)
-                with autocast(model.device, row.precision):
-                    logits = forward(inputs.to(model.device, non_blocking=True))  # (B, C)
-                loss = cross_entropy(logits.float(), labels, label_smoothing=row.label_smoothing)
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                if average:
-                    average.update_parameters(model)
-                epoch_sums.add(logits.detach(), labels, loss.detach())
+                logits, loss = learner.step(inputs.to(model.device, non_blocking=True), labels, lr)
+                sums.add(logits, labels, loss)
                 state.step += 1
                 if state.batch % every == 0:
                     curve.append({"step": state.step, "loss": loss.item(), "lr": lr})
                 stopped = stop is not None and stop.is_set()
                 if state.batch < len(batches) and (stopped or state.step % checkpoint_steps == 0):
-                    made = report()
-                    _save(folder, parts, row, state, epoch_sums)
-                    yield made
+                    yield saved()
                     if stopped:
                         return
         state.epoch, state.batch = state.epoch + 1, 0
-        scores = metrics.summary(predict(evaluated, val, row.precision)) if val else {}
+        scores = metrics.summary(predict(learner.kept, val, row.precision)) if val else {}
         better = not scores or scores["map"] > state.best
         if better:
             state.best = scores.get("map", state.best)
-            _write(folder / "best.pt", evaluated.state_dict())
-        made = report(train=epoch_sums.scores(), val=scores, best=better)
-        epoch_sums = _EpochSums(len(source.rows), model.device)
-        _save(folder, parts, row, state, epoch_sums)
-        yield made
+            _write(folder / "best.pt", learner.kept.state_dict())
+        learnt = sums.scores()
+        sums.clear()
+        yield saved(train=learnt, val=scores, best=better)
         if stop is not None and stop.is_set() and state.epoch < row.epochs:
             return
     model.load_state_dict(torch.load(folder / "best.pt", map_location=model.device, weights_only=True))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a round in its folder, if there is any."""
+    return max(folder.glob("step-*.pt"), default=None)
+
+
+def load_weights(model: Recogniser, checkpoint: Path) -> None:
+    """Gives `model` the weights it had at a checkpoint."""
+    model.load_state_dict(torch.load(checkpoint, map_location=model.device, weights_only=True)["parts"]["model"])
+
+
+class _Learner:
+    """What one step changes: the model, its optimizer, the gradients' scale, the weights' average."""
+
+    def __init__(self, model: Recogniser, row: Round, forward: torch.nn.Module):
+        model.freeze(row.freeze)
+        self.row = row
+        self.model = model
+        self.forward = torch.compile(forward) if row.compile else forward
+        self.optimizer = optim.optimizer(model, row)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=row.precision == "fp16")
+        self.parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.kept = model  # whose weights are evaluated and kept
+        if row.ema_decay:
+            averaging = get_ema_multi_avg_fn(row.ema_decay)
+            self.parts["average"] = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
+            self.kept = self.parts["average"].module
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update at rate `lr`: logits (B, C) and loss (), both detached."""
+        optim.set_rate(self.optimizer, lr)
+        with autocast(self.model.device, self.row.precision):
+            logits = self.forward(inputs)
+        loss = cross_entropy(logits.float(), labels, label_smoothing=self.row.label_smoothing)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.row.ema_decay:
+            self.parts["average"].update_parameters(self.model)
+        return logits.detach(), loss.detach()
 
 
 class _EpochSums:
     """Answers of one epoch kept on the device as they come; scored once, at its end."""
 
     def __init__(self, size: int, device: torch.device):
-        self.count = 0
-        self.loss = torch.zeros((), device=device)
         self.labels = torch.zeros(size, dtype=torch.int64, device=device)
         self.preds = torch.zeros(size, dtype=torch.int64, device=device)
         self.confidences = torch.zeros(size, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.count = 0
+
+    def clear(self) -> None:
+        """Begins the next epoch."""
+        self.loss.zero_()
+        self.count = 0
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor) -> None:
         """logits (B, C), labels (B,), loss () their mean."""
@@ -186,12 +210,12 @@ def _order(rows: np.ndarray, row: Round, epoch: int) -> list[np.ndarray]:
     return [shuffled[at * row.batch_size : (at + 1) * row.batch_size] for at in range(whole)]
 
 
-def _save(folder: Path, parts: dict[str, Any], row: Round, state: _State, epoch_sums: _EpochSums) -> None:
+def _save(folder: Path, learner: _Learner, sums: _EpochSums, row: Round, state: _State) -> None:
     checkpoint = {
         "round": row.model_dump_json(),
         "state": asdict(state),
-        "epoch_sums": vars(epoch_sums),
-        "parts": {name: part.state_dict() for name, part in parts.items()},
+        "sums": vars(sums),
+        "parts": {name: part.state_dict() for name, part in learner.parts.items()},
         "generator": torch.get_rng_state(),
         "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -200,25 +224,23 @@ def _save(folder: Path, parts: dict[str, Any], row: Round, state: _State, epoch_
         old.unlink()
 
 
-def _restore(folder: Path, parts: dict[str, Any], row: Round, epoch_sums: _EpochSums) -> tuple[_State, _EpochSums]:
-    found = sorted(folder.glob("step-*.pt"))
-    if not found:
+def _restore(folder: Path, learner: _Learner, sums: _EpochSums, row: Round) -> _State:
+    newest = newest_checkpoint(folder)
+    if newest is None:
         raise InputError(f"resume: {folder} holds no checkpoint")
-    device = parts["model"].device
-    checkpoint = torch.load(found[-1], map_location=device, weights_only=True)
+    checkpoint = torch.load(newest, map_location=learner.model.device, weights_only=True)
     if checkpoint["round"] != row.model_dump_json():
         before, now = Round.model_validate_json(checkpoint["round"]).model_dump(), row.model_dump()
-        changed = ", ".join(
-            f"{name} was {before[name]!r} and is {now[name]!r}" for name in now if before[name] != now[name]
-        )
-        raise InputError(f"resume: {found[-1]} belongs to another round: {changed}")
-    for name, part in parts.items():
+        names = [name for name in now if before[name] != now[name]]
+        changed = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in names)
+        raise InputError(f"resume: {newest} belongs to another round: {changed}")
+    for name, part in learner.parts.items():
         part.load_state_dict(checkpoint["parts"][name])
+    vars(sums).update(checkpoint["sums"])
     torch.set_rng_state(checkpoint["generator"].cpu())
     if checkpoint["cuda_generators"]:
         torch.cuda.set_rng_state_all([generator.cpu() for generator in checkpoint["cuda_generators"]])
-    vars(epoch_sums).update(checkpoint["epoch_sums"])
-    return _State(**checkpoint["state"]), epoch_sums
+    return _State(**checkpoint["state"])
 
 
 def _write(path: Path, value: Any) -> None:

@@ -1,25 +1,17 @@
 """What every entry point shares: parameters from the command line, mistakes as one line, stops that save."""
 
 import argparse
-import contextlib
 import inspect
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from pydantic import ValidationError, validate_call
 
-from aliprod import InputError, catalogue
+from aliprod import InputError, catalogue, interruption
 
 RECIPES = Path(__file__).parent / "recipes"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stopped(KeyboardInterrupt):
-    """The user or the machine asked to stop; the message says how to go on."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +24,7 @@ def command(main: Callable[..., None]) -> None:
 
     A user's mistake ends in one line and exit status 2, a stop in one line and 130; else 0 or a traceback.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both stops are one: KeyboardInterrupt
+    interruption.raise_on_signals()
     parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
     parser.names = list(inspect.signature(main).parameters)
     for name, parameter in inspect.signature(main).parameters.items():
@@ -46,24 +38,7 @@ def command(main: Callable[..., None]) -> None:
     except (InputError, FileNotFoundError, PermissionError) as error:
         _exit(2, str(error))
     except KeyboardInterrupt as stop:
-        _exit(130, str(stop) or "stopped")
-
-
-@contextlib.contextmanager
-def stoppable(minutes: float = 0.0) -> Iterator[threading.Event]:
-    """An event that SIGTERM, Ctrl-C and the time limit set, for work that stops at the next safe place."""
-    stop = threading.Event()
-    before = [signal.signal(number, lambda *_: stop.set()) for number in STOP_SIGNALS]
-    timer = threading.Timer(60 * minutes, stop.set)
-    timer.daemon = True
-    if minutes:
-        timer.start()
-    try:
-        yield stop
-    finally:
-        timer.cancel()
-        for number, handler in zip(STOP_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+        _exit(130, f"stopped{stop}")
 
 
 def refuse(why: str, **given: str) -> None:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from aliprod import interruption
 from aliprod.recipe import override, read
-from entrypoints.command import Stopped, command, data_folder, recipe_path, refuse, stoppable
+from entrypoints.command import command, data_folder, recipe_path, refuse
 from tracking import rounds, runs
 
 
@@ -21,10 +22,12 @@ def main(
         row = override(rows.row(round), overrides)
         row = row.model_copy(update={"init": init or row.init})
         job = rounds.Job(rows.name, row, str(data_folder(data, work)))
-    with runs.start(f"{job.recipe}/{job.row.name}", work) as run, stoppable(minutes) as stop:
-        evaluation = rounds.train(run, job, work, stop, resume)
-        if evaluation is None:
-            raise Stopped(f"stopped and saved; go on with: mlflow run . -e train -P resume={run.id}")
+    interruption.raise_on_signals(minutes)
+    with runs.start(f"{job.recipe}/{job.row.name}", work) as run:
+        try:
+            evaluation = rounds.train(run, job, work, resume)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"; go on with: mlflow run . -e train -P resume={run.id}") from None
     print(rounds.summary(run, evaluation))
     print("browse:    make server")
 

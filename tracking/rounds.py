@@ -4,13 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
-import threading
 import time
 from pathlib import Path
 
 import pandas as pd
 
-from aliprod import InputError, assembly, manifest, recipe, report, training
+from aliprod import InputError, assembly, interruption, manifest, recipe, report, training
 from aliprod.features import Features
 from aliprod.images import CorruptImages, Images
 from aliprod.recipe import Round
@@ -40,43 +39,48 @@ class Job:
         return Job(**job | {"row": Round(**job["row"])})
 
 
-def train(run: Run, job: Job, work: Path, stop: threading.Event, resume: str = "") -> report.Evaluation | None:
-    """Trains and evaluates a round and logs its model; None if `stop` ended it early, checkpoint saved.
+def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation:
+    """Trains and evaluates a round and logs its model.
 
-    `resume` is the id of the run whose checkpoints to go on from.
+    `resume` is the id of the run to go on from. Raises KeyboardInterrupt when stopped, its state saved.
     """
     row, checkpoints = job.row, run.folder / "checkpoints"
     job.save(run.folder)
-    if resume:
-        shutil.copytree(work / "runs" / resume / "checkpoints", checkpoints, copy_function=os.link)
-        close_abandoned(resume)
+    earlier = work / "runs" / resume / "checkpoints"
+    if resume and earlier.exists():
+        shutil.copytree(earlier, checkpoints, copy_function=os.link)
     tables = assembly.tables(row, job.data)
     digest = manifest.digest(tables.train)
+    if resume:
+        close_abandoned(resume)
     run.tags({"recipe": job.recipe, "round": row.name, "data": digest, "resumed_from": resume or "-"})
     run.text(recipe.to_toml(row), "recipe.toml")
     run.dataset(tables.train, job.data, row.manifest, "training")
     run.dataset(tables.val, job.data, "val", "validation")
     run.params({f"round.{name}": value for name, value in row.model_dump().items() if value is not None})
     sizes = {"num_classes": len(tables.classes), "num_train": len(tables.train), "num_val": len(tables.val)}
-    made = assembly.model(row, len(tables.classes), _init(job, digest))
+    checkpoint = training.newest_checkpoint(checkpoints)
+    made = assembly.model(row, len(tables.classes), "random" if checkpoint else _init(job, digest))
+    if checkpoint:  # before anything is embedded: what `init` names may be another model by now
+        training.load_weights(made, checkpoint)
     run.params(sizes | {"data_folder": job.data, "device": made.device.type})
-    print(
-        f"{job.recipe}/{row.name}: {sizes['num_train']} photographs of {sizes['num_classes']} classes, run {run.id}",
-        flush=True,
-    )
+    print(f"{job.recipe}/{row.name}: {len(tables.train)} photographs of {len(tables.classes)} classes, run {run.id}")
     try:
         source = assembly.inputs(made, row, tables.train, tables.classes, job.data, work / "features", row.augment)
         val = assembly.inputs(made, row, tables.val, tables.classes, job.data, work / "features", "none")
         reports, began = [], time.monotonic()
-        for made_report in training.train(made, row, source, val, checkpoints, resume=bool(resume), stop=stop):
-            reports.append(made_report)
-            _log_report(run, made_report, row, time.monotonic() - began)
+        with interruption.deferred() as stop:
+            for made_report in training.train(
+                made, row, source, val, checkpoints, resume=checkpoint is not None, stop=stop
+            ):
+                reports.append(made_report)
+                _log_report(run, made_report, row, time.monotonic() - began)
     except CorruptImages as error:
         run.table(pd.DataFrame(error.reasons.items(), columns=["file", "reason"]), "corrupt.csv")
         raise
     log_corrupt(run, source, val)
-    if stop.is_set() and reports[-1].epoch < row.epochs:
-        return None
+    if stop.is_set():
+        raise KeyboardInterrupt
     run.figure(report.curves(reports), "figures/curves.png")
     folder = run.folder / "model"
     about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
