@@ -214,7 +214,8 @@ def _augmenter(name: str, fill: int, thread: int):  # one a thread: it holds a g
         iaa.Fliplr(0.5),
         iaa.Crop(percent=(0, 0.2), keep_size=False),
         half(iaa.Affine(rotate=(-20, 20), shear=(-8, 8), cval=fill)),
-        half(iaa.MultiplyAndAddToBrightness(mul=(0.7, 1.3), add=(-20, 20))),
+        # imgaug seeds all but the order of these two.
+        half(iaa.MultiplyAndAddToBrightness(mul=(0.7, 1.3), add=(-20, 20), random_order=False)),
         half(iaa.MultiplyHueAndSaturation(mul_saturation=(0.6, 1.4))),
     ]
     return iaa.Sequential({"light": light, "strong": strong}[name])

@@ -9,6 +9,8 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from aliprod import metrics
 
+pytestmark = pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true", "ignore:A single label")
+
 RNG = np.random.default_rng(0)
 SOME = RNG.random(500).astype(np.float32)
 
@@ -76,7 +78,6 @@ def test_gap_takes_any_layout_and_type():
     assert metrics.gap(both[:, 0], both[:, 1]) == metrics.gap(correct, SOME)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
 @pytest.mark.parametrize(("num_images", "num_classes"), [(1, 1), (1, 5), (40, 3), (400, 50), (2000, 7)])
 def test_mean_class_accuracy_is_balanced_accuracy_over_the_classes_present(num_images, num_classes):
     table = predictions(num_images, num_classes, seed=num_images)
