@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,7 +73,7 @@ def compute(model: Recogniser, images: Images, folder: str | Path, precision: st
 def _fill(model: Recogniser, images: Images, path: Path, reasons_path: Path, precision: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, note = path.with_suffix(".partial.npy"), path.with_suffix(".partial.json")
-    state = json.loads(note.read_text()) if note.exists() else {"done": 0, "corrupt": {}}
+    state: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {"done": 0, "corrupt": {}}
     images.corrupt = {int(code): reason for code, reason in state["corrupt"].items()}
     total, done = len(images.paths), state["done"]
     mode = "r+" if done else "w+"

@@ -170,8 +170,15 @@ class Images:
 
     def replace(self, paths: list[str]) -> "Images":
         """The same treatment of other files, without labels."""
-        options = {"max_corrupt_share": self.max_corrupt_share, "workers": self.workers}
-        return Images(paths, None, self.preprocessing, augment=self.augment, seed=self.seed, **options)
+        return Images(
+            paths,
+            None,
+            self.preprocessing,
+            augment=self.augment,
+            seed=self.seed,
+            max_corrupt_share=self.max_corrupt_share,
+            workers=self.workers,
+        )
 
     @staticmethod
     def forward(model: torch.nn.Module) -> torch.nn.Module:

@@ -52,6 +52,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 class Recogniser(nn.Module):
     """Images (B, 3, S, S) uint8 RGB -> logits (B, C); `embed` stops at the embeddings (B, D)."""
 
+    backbone: Any  # nn.Module, with timm's attributes
+    _mean: torch.Tensor
+    _std: torch.Tensor
+
     def __init__(
         self, backbone: str, num_classes: int, image_size: int = 224, preprocessing: Preprocessing | None = None
     ):
@@ -94,7 +98,7 @@ class Recogniser(nn.Module):
             raise InputError(
                 f"freeze {what}: {self.backbone_name} has {len(stages)} stages; fewer, or all, can be frozen"
             )
-        count = {"none": 0, "all": len(stages)}.get(what, what)
+        count = what if isinstance(what, int) else {"none": 0, "all": len(stages)}[what]
         self.frozen = {name for stage in range(count) for name in stages[stage]}
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
@@ -225,13 +229,12 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     path = path / "model.safetensors" if path.is_dir() else path
     try:
         safe = path.suffix == ".safetensors"
-        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        weights: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"init {path}: no such file") from None
     except Exception as error:
-        raise InputError(
-            f"init {path}: not a file of weights: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"init {path}: not a file of weights: {reason}") from None
     weights = weights.get("state_dict", weights)
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     ours = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}

@@ -9,14 +9,19 @@ one side (`_view`: its print bent round the body and shaded), packages before a 
 Colours are BGR; lengths are shares of the package, label or scene they lie on unless pixels are named.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 from numpy import ndarray as Array
 from numpy.random import Generator, default_rng
+
+if TYPE_CHECKING:
+    from aliprod.catalogue import Plan
 
 WRAP = 2.5  # width of a print in widths of its package: all that a turned package can show
 DEPTH = 0.45  # of a box, in widths of its front
@@ -24,17 +29,6 @@ FLOOR = 0.72  # height in a scene at which packages stand
 
 Box = Sequence[float] | Array  # x and y of the middle, width, height
 Formula = Callable[[Array, Array], Array]  # (x from the middle, y from the top) -> mask
-
-
-class Plan(Protocol):
-    """What of a catalogue's parameters decides its looks."""
-
-    departments: int
-    categories: int
-    brands: int
-    products: int
-    size: int
-    seed: int
 
 
 class Kind(NamedTuple):

@@ -149,12 +149,9 @@ def mistakes(predictions: pd.DataFrame, classes: pd.DataFrame, files: pd.Series,
     figure = Figure(figsize=(14, 3.1 * max(1, -(-len(wrong) // 5))), layout="constrained")
     figure.suptitle("The most confident mistakes")
     names = (classes["name"].where(classes["name"] != "", classes["class_id"])).str.slice(0, 30)
-    for place, (row, answer) in enumerate(wrong.iterrows(), start=1):
+    for place, answer in enumerate(wrong.assign(file=files).itertuples(), start=1):
         axes = figure.add_subplot(-(-len(wrong) // 5), 5, place)
-        with open(files[row], "rb") as file:
-            axes.imshow(images.decode(file.read()))
-        axes.set_title(
-            f"is {names[answer['label']]}\nsaid {names[answer['pred']]}, {answer['confidence']:.0%}", fontsize=8
-        )
+        axes.imshow(images.decode(Path(answer.file).read_bytes()))
+        axes.set_title(f"is {names[answer.label]}\nsaid {names[answer.pred]}, {answer.confidence:.0%}", fontsize=8)
         axes.set_axis_off()
     return figure

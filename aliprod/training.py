@@ -69,6 +69,7 @@ def train(
     was reported before it. When the round is complete the model holds the weights of the epoch with the highest
     MAP on `val` (without val: of the last), the moving average of them if the round asks for one.
     """
+    assert source.labels is not None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(row.seed)
@@ -143,7 +144,7 @@ class _Learner:
         self.forward = torch.compile(forward) if row.compile else forward
         self.optimizer = optim.optimizer(model, row)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=row.precision == "fp16")
-        self.parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.kept = model  # whose weights are evaluated and kept
         if row.ema_decay:
             averaging = get_ema_multi_avg_fn(row.ema_decay)

@@ -15,6 +15,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class _Parser(argparse.ArgumentParser):
+    names: list[str]
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; parameters are {', '.join(self.names)}")
 

@@ -227,8 +227,9 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photograph():
     np.testing.assert_array_equal(decode(whole), decode(OPAQUE["JPEG"]))
     with pytest.raises(InputError, match="cut short"):
         decode(whole[:-2])
+    start_of_scan = whole.rindex(b"\xff\xda")
     with pytest.raises(InputError, match="cut short"):
-        decode(with_segment(OPAQUE["JPEG"][:2], OPAQUE["JPEG"]))
+        decode(whole[: start_of_scan + 30])
 
 
 @pytest.mark.parametrize(
@@ -339,8 +340,8 @@ def test_batches_hold_the_rows_asked_for_in_their_order(files):
         assert (batch.shape, batch.dtype) == ((len(chunk), 3, 64, 64), torch.uint8)
         assert batch.is_contiguous(memory_format=torch.channels_last)
         assert (batch[:, :, 40, 60].float().mean(dim=1) / 20).round().tolist() == chunk
-        assert (batch[:, 0, 24, 15] > 200).all()
-        assert (batch[:, 2, 24, 15] < 60).all()
+        assert (batch[:, 0, 21, 15] > 200).all()
+        assert (batch[:, 2, 21, 15] < 60).all()
     assert images.corrupt == {}
 
 

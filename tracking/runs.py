@@ -14,6 +14,7 @@ import mlflow
 import pandas as pd
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import DatasetInput
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -81,7 +82,7 @@ class Run:
         """A manifest as an input of the run; its digest is that of the table written as CSV."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a local path could be read by more than one kind of source
-            dataset = mlflow.data.from_pandas(table, source=source, name=name, digest=manifest.digest(table))
+            dataset = from_pandas(table, source=source, name=name, digest=manifest.digest(table))
         tag = mlflow.entities.InputTag("mlflow.data.context", context)
         self.spool.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), [tag])])
 
