@@ -43,14 +43,20 @@ def without_adobe(jpeg: bytes) -> bytes:
     return jpeg[:start] + jpeg[start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big") :]
 
 
+def as_ycck(jpeg: bytes) -> bytes:
+    place = jpeg.index(b"Adobe") + 11
+    return jpeg[:place] + b"\2" + jpeg[place + 1 :]
+
+
 def with_segment(jpeg: bytes, content: bytes) -> bytes:
     return jpeg[:2] + b"\xff\xe2" + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
+
+def png_header(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -68,6 +74,7 @@ OPAQUE = {
     "JPEG grey": encode(PHOTO.convert("L"), "JPEG"),
     "JPEG CMYK, inverted as Adobe does": CMYK_JPEG,
     "JPEG CMYK, without Adobe's mark": without_adobe(CMYK_JPEG),
+    "JPEG YCCK, as Photoshop writes": as_ycck(CMYK_JPEG),
     "MPO": encode(PHOTO, "MPO", save_all=True, append_images=[ImageOps.invert(PHOTO)]),
     "PNG": encode(PHOTO),
     "PNG grey": encode(PHOTO.convert("L")),
@@ -142,6 +149,13 @@ def test_transparency_is_laid_on_white(name):
 )
 def test_sixteen_bits_become_eight(stored, expected):
     assert np.abs(decode(encode_16_bit(stored)).astype(int) - expected).max() <= 1
+
+
+def test_sixteen_bit_grey_with_a_transparent_level_is_not_washed_out():
+    data, level = encode_16_bit(GREY), int(GREY[5, 5])
+    start = data.index(b"IDAT") - 4
+    decoded = decode(data[:start] + chunk(b"tRNS", struct.pack(">H", level * 257)) + data[start:])
+    assert np.abs(decoded.astype(int) - GREY[:, :, None])[GREY != level].max() <= 1
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

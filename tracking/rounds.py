@@ -51,9 +51,9 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
         shutil.copytree(earlier, checkpoints, copy_function=os.link)
     tables = assembly.tables(row, job.data)
     digest = manifest.digest(tables.train)
+    run.tags({"recipe": job.recipe, "round": row.name, "data": digest} | ({"resumed_from": resume} if resume else {}))
     if resume:
         close_abandoned(resume)
-    run.tags({"recipe": job.recipe, "round": row.name, "data": digest, "resumed_from": resume or "-"})
     run.text(recipe.to_toml(row), "recipe.toml")
     run.dataset(tables.train, job.data, row.manifest, "training")
     run.dataset(tables.val, job.data, "val", "validation")
@@ -94,8 +94,10 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
 
 
 def log_evaluation(run: Run, evaluation: report.Evaluation, step: int = 0) -> None:
-    """Scores as metrics, tables and figures as artifacts."""
+    """Scores as metrics and in the run's description, tables and figures as artifacts."""
     run.metrics(evaluation.scores, step)
+    cells = [f"{name} | {value:.4f}" for name, value in evaluation.scores.items()]
+    run.tags({"mlflow.note.content": "\n".join(["score | value", "--- | ---:", *cells])})
     run.table(evaluation.predictions, "predictions.parquet")
     run.table(evaluation.per_class, "per_class.csv")
     run.table(evaluation.select_list, "select_list.csv")

@@ -118,6 +118,8 @@ def start(name: str, work: Path, tags: dict[str, Any] | None = None) -> Iterator
     try:
         run_id = os.environ.get("MLFLOW_RUN_ID") or _create(client).info.run_id
         client.update_run(run_id, name=name)
+        experiment = client.get_run(run_id).info.experiment_id
+        client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")  # opens at the runs
     except MlflowException as error:
         uri = mlflow.get_tracking_uri()
         raise InputError(f"the tracking server {uri} does not answer: {str(error).splitlines()[0][:200]}") from None
