@@ -54,7 +54,8 @@ def device() -> torch.device:
 def model(row: Round, num_classes: int, init: str) -> Recogniser:
     """A fresh head on the backbone that `init` gives (as of load_backbone), on the device."""
     torch.manual_seed(row.seed)
-    made = Recogniser(row.backbone, num_classes, row.image_size)
+    head = {"kind": row.head, "scale": row.scale, "centers": row.centers}
+    made = Recogniser(row.backbone, num_classes, row.image_size, head=head)
     load_backbone(made, init)
     return made.to(device())
 

@@ -47,9 +47,9 @@ class Features:
             yield torch.from_numpy(self.embeddings[self.codes[rows]]), rows
 
     @staticmethod
-    def forward(model: Recogniser) -> torch.nn.Module:
-        """What these batches go through to become logits: the head."""
-        return model.head
+    def embed(model: Recogniser, batch: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D) of a batch of these: the batch itself."""
+        return batch
 
 
 def compute(model: Recogniser, images: Images, folder: str | Path, precision: str = "fp32") -> Features:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -181,9 +182,9 @@ class Images:
         )
 
     @staticmethod
-    def forward(model: torch.nn.Module) -> torch.nn.Module:
-        """What these batches go through to become logits: the whole model."""
-        return model
+    def embed(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D) of a batch of these: what the backbone makes of them."""
+        return model.embed(batch)
 
     def _submit(self, pool: ThreadPoolExecutor, rows: np.ndarray, epoch: int) -> tuple:
         size = self.preprocessing.image_size

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import nn
 
-from aliprod import InputError, taxonomy
+from aliprod import InputError, heads, taxonomy
 from aliprod.images import Preprocessing
 
 # The names of the seed's backbones, and what timm calls the same networks.
@@ -41,12 +41,18 @@ BACKBONES = {
     "xception": "legacy_xception",
 }
 FORMAT = 1  # of the saved folder
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def half(device: torch.device, precision: str) -> torch.dtype | None:
+    """The half type that `precision` means on a device, None for fp32; mixed is fp16 on a GPU, else bf16."""
+    mixed = torch.float16 if device.type == "cuda" else torch.bfloat16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "mixed": mixed}[precision]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass runs at `precision`: fp32, bf16 or fp16."""
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+    """The context in which a forward pass runs at `precision`: fp32, bf16, fp16 or mixed."""
+    dtype = half(device, precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class Recogniser(nn.Module):
@@ -57,7 +63,12 @@ class Recogniser(nn.Module):
     _std: torch.Tensor
 
     def __init__(
-        self, backbone: str, num_classes: int, image_size: int = 224, preprocessing: Preprocessing | None = None
+        self,
+        backbone: str,
+        num_classes: int,
+        image_size: int = 224,
+        preprocessing: Preprocessing | None = None,
+        head: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.backbone_name = BACKBONES.get(backbone, backbone)
@@ -72,7 +83,8 @@ class Recogniser(nn.Module):
         )
         self.backbone.to(memory_format=torch.channels_last)
         self.width, self.num_classes = self.backbone.head_hidden_size, num_classes
-        self.head = nn.Linear(self.width, num_classes)
+        self.head_options = {"kind": "linear"} | (head or {})
+        self.head = heads.head(width=self.width, num_classes=num_classes, **self.head_options)
         self.frozen: set[str] = set()
         for name in ("mean", "std"):
             value = 255 * torch.tensor(getattr(self.preprocessing, name)).view(1, 3, 1, 1)
@@ -81,7 +93,7 @@ class Recogniser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.head.weight.device
+        return self._mean.device
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, S, S) uint8 -> embeddings (B, D), normalised as the backbone was pretrained."""
@@ -126,7 +138,7 @@ class Recogniser(nn.Module):
         config = {
             "format": FORMAT,
             "backbone": self.backbone_name,
-            "head": "linear",
+            "head": self.head_options,
             "preprocessing": dataclasses.asdict(self.preprocessing),
             **about,
         }
@@ -164,7 +176,7 @@ def load(folder: str | Path) -> Saved:
         raise InputError(f"{folder}: saved in format {config.get('format')}; this version reads format {FORMAT}")
     values = config["preprocessing"]
     preprocessing = Preprocessing(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
-    model = Recogniser(config["backbone"], len(classes), preprocessing=preprocessing)
+    model = Recogniser(config["backbone"], len(classes), preprocessing=preprocessing, head=config["head"])
     model.load_state_dict(weights)
     tree_path = folder / "product_tree.csv"
     return Saved(model.eval(), classes, taxonomy.read_csv(tree_path) if tree_path.exists() else None, config)

@@ -1,19 +1,23 @@
 """Optimizers and schedules of a round."""
 
+import importlib
 import math
+from typing import Any
 
 import torch
 
+from aliprod import InputError
 from aliprod.model import Recogniser
 from aliprod.recipe import Round
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+TORCH: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def optimizer(model: Recogniser, row: Round) -> torch.optim.Optimizer:
     """The round's optimizer over what is not frozen; each group's `scale` is its share of the base rate.
 
-    Weight decay acts on matrices and kernels; biases and norms, which only shift and scale, are spared.
+    Weight decay acts on matrices and kernels; biases and norms, which only shift and scale, are spared. InputError
+    where the round insists on NVIDIA Apex and there is none, or no GPU for it.
     """
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -21,13 +25,48 @@ def optimizer(model: Recogniser, row: Round) -> torch.optim.Optimizer:
             scale = row.backbone_lr_factor if name.startswith("backbone.") else 1.0
             decay = row.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((scale, decay), []).append(parameter)
-    options = {"momentum": 0.9} if row.optimizer == "sgd" else {}
-    return OPTIMIZERS[row.optimizer](
-        [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
-        lr=row.lr,
-        fused=True,
-        **options,
-    )
+    parts = [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
+    rule, _, centralized = row.optimizer.partition("_")
+    options = {"momentum": 0.9} if rule == "sgd" else {}
+    if apex := _apex(row, model.device):
+        options |= {"adam_w_mode": rule == "adamw"} if rule != "sgd" else {}
+        made = getattr(apex, "FusedSGD" if rule == "sgd" else "FusedAdam")(parts, lr=row.lr, **options)
+    else:
+        made = TORCH[rule](parts, lr=row.lr, fused=True, **options)
+    if centralized:
+        made.register_step_pre_hook(centralize)
+    return made
+
+
+def centralize(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Takes from each output's gradient its mean, in place; biases and norms are left as they are.
+
+    Gradient centralization (Yong et al., ECCV 2020), as a step's pre-hook: it goes with any optimizer, and is linear,
+    so it commutes with the scaling of gradients. Equal to the published Adam_GC and SGD_GC without weight decay.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter.ndim > 1:
+                gradient = parameter.grad
+                gradient.sub_(gradient.mean(dim=tuple(range(1, gradient.ndim)), keepdim=True))
+
+
+def _apex(row: Round, device: torch.device) -> Any:
+    """NVIDIA's apex.optimizers, if the round may use them here; PyPI's package apex is another and does not count."""
+    if row.fused == "torch":
+        return None
+    try:
+        apex: Any = importlib.import_module("apex.optimizers")
+    except ImportError:
+        apex = None
+    if hasattr(apex, "FusedAdam") and device.type == "cuda":
+        return apex
+    if row.fused == "apex":
+        raise InputError(
+            f"fused 'apex': NVIDIA Apex is not installed, or {device.type} is no GPU; "
+            "build it from its source (PyPI's apex is an unrelated package), or give auto or torch"
+        )
+    return None
 
 
 def rate(row: Round, epoch: float, step: float) -> float:

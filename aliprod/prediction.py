@@ -26,14 +26,13 @@ def predict(model: Recogniser, source: Images | Features, precision: str = "fp32
     classes; where the source has labels also label and loss (-log of its probability). No more than one batch of
     logits exists at a time.
     """
-    module = source.forward(model)
     model.eval()
     chunks = [source.rows[start : start + BATCH_SIZE] for start in range(0, len(source.rows), BATCH_SIZE)]
     rows, answers, confidences, losses = [], [], [], []
     with progress(total=len(source.rows), desc="predicting", unit="img") as bar:
         for batch, batch_rows in source.batches(chunks):
             with autocast(model.device, precision):
-                logits = module(batch.to(model.device, non_blocking=True))
+                logits = model.head(source.embed(model, batch.to(model.device, non_blocking=True)))
             logits = logits.float()  # (B, C)
             normaliser = logits.logsumexp(dim=1, keepdim=True)  # (B, 1)
             best = logits.topk(min(top, logits.shape[1]), dim=1)

@@ -35,10 +35,30 @@ class Round(BaseModel):
 
     backbone: Annotated[str, Field(min_length=1)] = "efficientnet_lite0"
     """Feature extractor: any name timm knows, or the seed's."""
-    head: Literal["linear"] = "linear"
+    head: Literal["linear", "cosine", "arcface", "subcenter_arcface"] = "linear"
     """Classifier on top of the embeddings."""
-    loss: Literal["cross_entropy"] = "cross_entropy"
-    """Criterion."""
+    scale: Annotated[float, Field(gt=0, le=100)] = 30.0
+    """Logit of a perfect match, for the heads that measure angles."""
+    centers: Annotated[int, Field(ge=2, le=10)] = 3
+    """Centers a class, for subcenter_arcface."""
+    margin: Annotated[float, Field(ge=0, lt=1.5)] = 0.3
+    """Angle in radians by which ArcFace makes the right class harder, in training only."""
+    margin_range: Annotated[float, Field(ge=0, lt=1.5)] = 0.0
+    """What the rarest class has over that margin, in radians; 0: the same for all."""
+    easy_margin: bool = False
+    """Whether the margin is left out where the angle is over a right one."""
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """Criterion; each sample's own, averaged."""
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
+    """Power by which focal loss plays down what is known already; 0: cross-entropy."""
+    logit_adjustment: Annotated[float, Field(ge=0, le=5)] = 0.0
+    """Factor of the log class frequency added to logits in training; 1: balanced softmax; 0: none."""
+    triplet_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Share of the batch-hard triplet loss of the embeddings that is added; 0: none."""
+    triplet_margin: Annotated[float, Field(gt=0, le=2)] = 0.3
+    """Distance by which a triplet wants the nearest other class to be further than the farthest of its own."""
+    images_per_class: Count = 1
+    """Photographs of one class that stand together in a batch, so that triplets have positives; 1: by chance."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread evenly over all classes."""
     freeze: Literal["none", "all"] | Count = "none"
@@ -46,12 +66,14 @@ class Round(BaseModel):
     augment: Literal["none", "light", "strong"] = "none"
     """Random distortion: light is the seed's (crop up to 6 %, rotate up to 15 degrees, each half of the time)."""
 
-    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
-    """Update rule; sgd has momentum 0.9."""
+    optimizer: Literal["adam", "adamw", "sgd", "adam_gc", "adamw_gc", "sgd_gc"] = "adamw"
+    """Update rule, with gradient centralization where it ends in _gc; sgd has momentum 0.9."""
+    fused: Literal["auto", "torch", "apex"] = "auto"
+    """Whose fused optimizer: auto takes NVIDIA Apex's where it is installed with a GPU, else torch's."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Pull of the weights to zero, on matrices and kernels only."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic: fp32, or automatic mixed precision with the named half type."""
+    precision: Literal["fp32", "bf16", "fp16", "mixed"] = "fp32"
+    """Arithmetic: fp32, or automatic mixed precision with the named half type; mixed, Apex's O1: the device's own."""
     compile: bool = False
     """Whether torch.compile translates the model first."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -89,6 +111,8 @@ class Round(BaseModel):
             raise ValueError(f"samples_per_class {list(self.samples_per_class)}: least must not exceed most")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must not exceed epochs {self.epochs}")
+        if self.triplet_weight and self.freeze == "all":
+            raise ValueError(f"triplet_weight {self.triplet_weight} needs a backbone to train, but freeze is 'all'")
         return self
 
 

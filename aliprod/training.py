@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aliprod import InputError, metrics, optim
 from aliprod.features import Features
 from aliprod.images import Images
-from aliprod.model import Recogniser, autocast
+from aliprod.losses import Criterion
+from aliprod.model import Recogniser, autocast, half
 from aliprod.prediction import predict
 from aliprod.progress import progress
 from aliprod.recipe import Round
@@ -73,7 +73,7 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(row.seed)
-    learner = _Learner(model, row, source.forward(model))
+    learner = _Learner(model, row, source)
     state, sums = _State(), _EpochSums(len(source.rows), model.device)
     if resume:
         state = _restore(folder, learner, sums, row)
@@ -89,7 +89,7 @@ def train(
 
     while state.epoch < row.epochs:
         model.train()
-        batches = _order(source.rows, row, state.epoch)
+        batches = _order(source.rows, source.labels, row, state.epoch)
         every = max(1, len(batches) // POINTS)
         todo = batches[state.batch :]
         with progress(total=len(batches), initial=state.batch, desc=f"epoch {state.epoch + 1}", unit="step") as bar:
@@ -137,13 +137,19 @@ def load_weights(model: Recogniser, checkpoint: Path) -> None:
 class _Learner:
     """What one step changes: the model, its optimizer, the gradients' scale, the weights' average."""
 
-    def __init__(self, model: Recogniser, row: Round, forward: torch.nn.Module):
+    def __init__(self, model: Recogniser, row: Round, source: Images | Features):
         model.freeze(row.freeze)
+        if row.compile:
+            model.backbone.compile()
         self.row = row
         self.model = model
-        self.forward = torch.compile(forward) if row.compile else forward
+        self.embed = source.embed
+        assert source.labels is not None
+        counts = np.bincount(source.labels[source.rows], minlength=model.num_classes).clip(1)
+        self.criterion = Criterion(row, torch.from_numpy(counts).to(model.device))
         self.optimizer = optim.optimizer(model, row)
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=row.precision == "fp16")
+        scaled = half(model.device, row.precision) is torch.float16
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=scaled)
         self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.kept = model  # whose weights are evaluated and kept
         if row.ema_decay:
@@ -155,8 +161,9 @@ class _Learner:
         """One update at rate `lr`: logits (B, C) and loss (), both detached."""
         optim.set_rate(self.optimizer, lr)
         with autocast(self.model.device, self.row.precision):
-            logits = self.forward(inputs)
-        loss = cross_entropy(logits.float(), labels, label_smoothing=self.row.label_smoothing)
+            embeddings = self.embed(self.model, inputs)
+            logits = self.model.head(embeddings)
+        loss = self.criterion(logits, labels, embeddings)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -204,9 +211,16 @@ class _EpochSums:
         }
 
 
-def _order(rows: np.ndarray, row: Round, epoch: int) -> list[np.ndarray]:
+def _order(rows: np.ndarray, labels: np.ndarray, row: Round, epoch: int) -> list[np.ndarray]:
     """The epoch's batches; a last, smaller one is left to chance, as batch norm and the rate assume full ones."""
-    shuffled = np.random.default_rng([row.seed, epoch]).permutation(rows)
+    rng = np.random.default_rng([row.seed, epoch])
+    shuffled = rng.permutation(rows)
+    if row.images_per_class > 1:  # groups of so many of a class, the groups in random order
+        shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        sorted_labels = labels[shuffled]
+        place = np.arange(len(rows)) - np.searchsorted(sorted_labels, sorted_labels)  # within its class
+        starts = place % row.images_per_class == 0
+        shuffled = shuffled[np.argsort(rng.permutation(starts.sum())[np.cumsum(starts) - 1], kind="stable")]
     whole = max(1, len(rows) // row.batch_size)
     return [shuffled[at * row.batch_size : (at + 1) * row.batch_size] for at in range(whole)]
 

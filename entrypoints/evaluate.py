@@ -10,7 +10,7 @@ from entrypoints.command import command, data_folder
 from tracking import models, rounds, runs
 
 
-def main(model: str, data: str, split: str, precision: Literal["fp32", "bf16", "fp16"], work: Path) -> None:
+def main(model: str, data: str, split: str, precision: Literal["fp32", "bf16", "fp16", "mixed"], work: Path) -> None:
     """model: newest, a run id, an MLflow URI or a saved folder; data: a folder, or demo; split: its <split>.json, or
     a .csv; precision: of the arithmetic; work: for cached embeddings."""
     saved = load(models.fetch(model))

@@ -179,7 +179,7 @@ MISTAKES = {
     "undeclared": ("train", {"speed": "9"}, r"unrecognized arguments: --speed 9; parameters are recipe, round"),
     "init": ("train", {"init": "nothing"}, r"init 'nothing': no finished round"),
     "model": ("evaluate", {"model": "nothing"}, r"model 'nothing' not found: give a saved folder, a run id"),
-    "precision": ("evaluate", {"precision": "fp8"}, r"precision 'fp8': .*'fp32', 'bf16' or 'fp16'"),
+    "precision": ("evaluate", {"precision": "fp8"}, r"precision 'fp8': .*'fp32', 'bf16', 'fp16' or 'mixed'"),
     "images": ("predict", {"images": "nothing.jpg"}, r"model 'newest' not found"),
     "number": ("demo_data", {"departments": "many"}, r"departments 'many': .*integer"),
     "range": ("demo_data", {"noise": "2"}, r"noise .*2.*0\.9"),

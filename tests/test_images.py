@@ -155,7 +155,7 @@ def test_sixteen_bit_grey_with_a_transparent_level_is_not_washed_out():
     data, level = encode_16_bit(GREY), int(GREY[5, 5])
     start = data.index(b"IDAT") - 4
     decoded = decode(data[:start] + chunk(b"tRNS", struct.pack(">H", level * 257)) + data[start:])
-    assert np.abs(decoded.astype(int) - GREY[:, :, None])[GREY != level].max() <= 1
+    assert np.abs(decoded.astype(int) - GREY[:, :, None])[level != GREY].max() <= 1
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aliprod import optim
+from aliprod import InputError, optim
 from aliprod.model import Recogniser
 from aliprod.recipe import Round
 
@@ -53,3 +53,50 @@ def test_only_matrices_decay_and_the_backbone_has_its_own_rate():
             continue
         assert groups[id(parameter)]["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
         assert groups[id(parameter)]["lr"] == (0.05 if name.startswith("backbone") else 0.5)
+
+
+def published(rule: str, weights: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Adam_GC and SGD_GC as published, without weight decay, written out for one matrix at rate 0.1."""
+    weights, m, v = weights.clone(), torch.zeros_like(weights), torch.zeros_like(weights)
+    for step, gradient in enumerate(gradients, start=1):
+        g = gradient - gradient.mean(dim=tuple(range(1, gradient.ndim)), keepdim=True)
+        if rule == "sgd":
+            m = 0.9 * m + g if step > 1 else g
+            weights -= 0.1 * m
+        else:
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            weights -= 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    return weights
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd", "adamw"])
+@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 2, 2)])
+def test_gradient_centralization_is_the_published_one(rule, shape):
+    model = Recogniser("test_resnet", 3, 64)
+    model.freeze("all")
+    model.head = torch.nn.Linear(2, 2, bias=False)
+    model.head.weight = torch.nn.Parameter(torch.randn(shape))
+    start = model.head.weight.detach().clone()
+    optimizer = optim.optimizer(model, Round(name="a", optimizer=f"{rule}_gc", lr=0.1))
+    gradients = [torch.randn(shape) for _ in range(5)]
+    for gradient in gradients:
+        model.head.weight.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(model.head.weight.detach(), published(rule, start, gradients))
+
+
+def test_biases_are_not_centralized():
+    model = Recogniser("test_resnet", 3, 64)
+    model.freeze("all")
+    optimizer = optim.optimizer(model, Round(name="a", optimizer="sgd_gc", lr=0.1))
+    before = model.head.bias.detach().clone()
+    model.head.bias.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(model.head.bias.detach(), before - 0.1)
+
+
+def test_a_round_that_insists_on_apex_is_refused_without_it():
+    model = Recogniser("test_resnet", 3, 64)
+    with pytest.raises(InputError, match=r"fused 'apex': NVIDIA Apex is not installed, or cpu is no GPU"):
+        optim.optimizer(model, Round(name="a", fused="apex"))
+    assert isinstance(optim.optimizer(model, Round(name="a", fused="auto")), torch.optim.AdamW)

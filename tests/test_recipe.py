@@ -82,7 +82,7 @@ def test_what_to_toml_writes_reads_back_equal(fields, tmp_path):
         ("compile = 0", "compile 0: must be a valid boolean"),
         ('loss = "hinge"', "loss 'hinge': must be "),
         ('head = "tree"', "head 'tree': must be "),
-        ('precision = "int8"', "precision 'int8': must be 'fp32', 'bf16' or 'fp16'"),
+        ('precision = "int8"', "precision 'int8': must be 'fp32', 'bf16', 'fp16' or 'mixed'"),
         ('augment = "medium"', "augment 'medium': must be 'none', 'light' or 'strong'"),
         ('freeze = "some"', "freeze 'some': must be 'none' or 'all', or must be a valid integer (What stays"),
         ("freeze = 0", "freeze 0: must be 'none' or 'all', or must be greater than or equal to 1"),

@@ -13,7 +13,7 @@ import torch
 
 from aliprod import InputError, assembly, features, manifest, training
 from aliprod.images import CorruptImages, Images
-from aliprod.model import Recogniser, weights_digest
+from aliprod.model import Recogniser, load, weights_digest
 from aliprod.prediction import predict
 from aliprod.recipe import Round
 
@@ -41,7 +41,8 @@ def trained(row: Round, data: Path, folder: Path, **options) -> tuple[Recogniser
 ROUNDS = {
     "everything": {"augment": "light", "ema_decay": 0.9, "optimizer": "adamw", "schedule": "cosine"},
     "sgd": {"optimizer": "sgd", "warmup_epochs": 0.5},
-    "half precision": {"precision": "bf16", "optimizer": "adam", "freeze": 2},
+    "half precision": {"precision": "bf16", "optimizer": "adam_gc", "freeze": 2, "loss": "focal"},
+    "metric": {"head": "subcenter_arcface", "triplet_weight": 0.5, "images_per_class": 4, "logit_adjustment": 1.0},
 }
 
 
@@ -139,6 +140,29 @@ def test_half_precision_learns(row, shop, tmp_path, precision):
     assert reports[-1].train["loss"] < 0.9 * reports[0].train["loss"]
 
 
+@pytest.mark.parametrize("head", ["cosine", "arcface", "subcenter_arcface"])
+def test_every_head_learns_and_answers_alike_once_loaded(row, shop, tmp_path, head):
+    row = changed(row, head=head, epochs=6, lr=3e-3, margin_range=0.2)
+    model, reports = trained(row, shop, tmp_path)
+    assert reports[-1].train["loss"] < 0.8 * reports[0].train["loss"]
+    tables = assembly.tables(row, shop)
+    model.save(tmp_path / "model", tables.classes, tables.tree, {})
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(load(tmp_path / "model").model(images), model.eval()(images))
+
+
+def test_images_of_a_class_stand_together_when_asked(row):
+    labels = np.random.default_rng(0).integers(0, 9, 200)
+    rows = np.arange(200)
+    batches = training._order(rows, labels, changed(row, images_per_class=4), 0)
+    drawn = np.concatenate(batches)
+    assert len(set(drawn)) == len(drawn) == 192
+    pairs = [np.mean(labels[batch][1:] == labels[batch][:-1]) for batch in batches]
+    assert np.mean(pairs) > 0.65  # 3 of 4 neighbours, but where a class runs out
+    again = np.concatenate(training._order(rows, labels, changed(row, images_per_class=4), 1))
+    assert not np.array_equal(drawn, again)
+
+
 def test_the_average_is_the_recursion(row, shop, tmp_path):
     row = changed(row, ema_decay=0.8, epochs=1)
     averaged, _ = trained(row, shop, tmp_path / "a")
@@ -182,7 +206,7 @@ def test_unreadable_images_are_left_out_and_counted(row, shop, tmp_path):
 def test_a_batch_without_a_readable_image_is_passed_over(row, shop, tmp_path):
     row = changed(row, batch_size=2, epochs=1)
     model, source, _ = material(row, shop)
-    for lost in training._order(source.rows, row, 0)[1]:
+    for lost in training._order(source.rows, source.labels, row, 0)[1]:
         source.paths[lost] = str(tmp_path / "missing.jpg")
     (report,) = training.train(model, row, source, None, tmp_path)
     assert report.step == len(source.rows) // 2 - 1

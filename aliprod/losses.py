@@ -1,0 +1,80 @@
+"""Criteria: what a round minimises, and what is done to logits and in batches for its sake only."""
+
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from aliprod.recipe import Round
+
+
+class Criterion:
+    """The round's loss of a batch: logits (B, C), labels (B,), embeddings (B, D) -> loss (), in nats.
+
+    counts (C,) are the classes' photographs in the manifest, for what depends on a class's frequency.
+    """
+
+    def __init__(self, row: Round, counts: torch.Tensor):
+        self.row = row
+        self.prior = row.logit_adjustment * (counts / counts.sum()).log() if row.logit_adjustment else None  # (C,)
+        self.margins = margins(row, counts) if row.head in ("arcface", "subcenter_arcface") else None  # (C,)
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        row, logits = self.row, logits.float()
+        if self.margins is not None:
+            logits = with_margin(logits, labels, self.margins[labels], row.scale, row.easy_margin)
+        if self.prior is not None:  # Menon et al., ICLR 2021; with a factor of 1 balanced softmax
+            logits = logits + self.prior
+        losses = cross_entropy(logits, labels, reduction="none", label_smoothing=row.label_smoothing)  # (B,)
+        if row.loss == "focal":
+            losses = focal_weights(logits, labels, row.focal_gamma) * losses
+        loss = losses.mean()
+        if row.triplet_weight:
+            loss = loss + row.triplet_weight * batch_hard_triplet(embeddings.float(), labels, row.triplet_margin)
+        return loss
+
+
+def focal_weights(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:
+    """(1 - p) ** gamma of each sample (B,), p its label's probability (Lin et al., ICCV 2017); 1 at gamma 0."""
+    return (1 - logits.softmax(dim=1).gather(1, labels[:, None])[:, 0]).clamp_min(1e-8) ** gamma
+
+
+def margins(row: Round, counts: torch.Tensor) -> torch.Tensor:
+    """Angle (C,) in radians added to each class's own: `margin` for the most frequent class, more for rare ones.
+
+    The dynamic margins of Ha et al. (2020), a * n ** -1/4 + b for n photographs, with a and b such that they run
+    from `margin` to `margin + margin_range`.
+    """
+    rarity = counts.double() ** -0.25
+    span = (rarity.max() - rarity.min()).clamp_min(1e-12)
+    return (row.margin + row.margin_range * (rarity - rarity.min()) / span).float()
+
+
+def with_margin(
+    logits: torch.Tensor, labels: torch.Tensor, margin: torch.Tensor, scale: float, easy: bool
+) -> torch.Tensor:
+    """ArcFace's logits: scale * cos(angle + margin) at the label, the others as they are.
+
+    margin (B,) in radians. Where the angle and margin pass pi, the cosine would rise again: there it goes on falling
+    in a straight line, cos(angle) - margin * sin(margin); with `easy` the margin is left out at angles over pi / 2.
+    """
+    cosine = (logits.gather(1, labels[:, None])[:, 0] / scale).clamp(-1 + 1e-7, 1 - 1e-7)
+    moved = (cosine.acos() + margin).cos()
+    if easy:
+        target = torch.where(cosine > 0, moved, cosine)
+    else:
+        target = torch.where(cosine > (torch.pi - margin).cos(), moved, cosine - margin * margin.sin())
+    return logits.scatter(1, labels[:, None], (scale * target)[:, None])
+
+
+def batch_hard_triplet(embeddings: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
+    """Mean over anchors of max(0, margin + hardest positive - hardest negative), Hermans et al. (2017).
+
+    Distances between normalised embeddings (B, D), in [0, 2]. Anchors that have no positive or no negative in the
+    batch count for nothing; a batch without any has loss 0.
+    """
+    distances = torch.cdist(normalize(embeddings), normalize(embeddings))  # (B, B)
+    same = labels[:, None] == labels
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positive = distances.masked_fill(~same | itself, -torch.inf).amax(dim=1)
+    negative = distances.masked_fill(same, torch.inf).amin(dim=1)
+    usable = positive.isfinite() & negative.isfinite()
+    return torch.where(usable, margin + positive - negative, 0.0).relu().sum() / usable.sum().clamp_min(1)
