@@ -17,7 +17,8 @@ def raise_on_signals(minutes: float = 0.0) -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[threading.Event]:
-    """Within, the signals set the event instead; outside the main thread, where no signal arrives, nothing does."""
+    """Within, the signals set the event instead, however many come: `mlflow run` passes Ctrl-C on as SIGTERM, so one
+    stop can arrive as two. Outside the main thread, where no signal arrives, nothing sets it."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

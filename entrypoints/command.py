@@ -37,7 +37,7 @@ def command(main: Callable[..., None]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         _exit(2, f"{first['loc'][0]} {first['input']!r}: {first['msg']}")
-    except (InputError, FileNotFoundError, PermissionError) as error:
+    except (InputError, OSError) as error:
         _exit(2, str(error))
     except KeyboardInterrupt as stop:
         _exit(130, f"stopped{stop}")
