@@ -15,19 +15,28 @@ from aliprod.recipe import Round
 
 @dataclass(frozen=True)
 class Tables:
-    """The rows a round trains and validates on; `classes` has class_id, name, path, num_train, by label."""
+    """The rows a round trains and validates on; `classes` has class_id, name, path, num_train, by label.
+
+    `data_digest` is that of the whole train split, the same for every round on this data.
+    """
 
     train: pd.DataFrame
     val: pd.DataFrame
     classes: pd.DataFrame
     tree: taxonomy.Taxonomy | None
+    data_digest: str
 
 
 def tables(row: Round, data: str | Path) -> Tables:
     """Reads and selects the rows of `row` in the folder `data`; of val, those whose class is trained on."""
-    train = manifest.read(data, row.manifest, row.seed)
+    whole = manifest.read(data, "train")
+    train = whole if row.manifest == "train" else manifest.read(data, row.manifest, row.seed)
     if row.samples_per_class:
         train = manifest.select(train, *row.samples_per_class)
+    if row.samples_quantile:
+        train = manifest.select_quantile(train, *row.samples_quantile)
+    if row.select_list:
+        train = manifest.select_listed(train, row.select_list, row.min_confidence)
     tree_path = Path(data) / "product_tree.json"
     tree = taxonomy.read(tree_path) if tree_path.exists() else None
     classes = describe(manifest.class_index(train), tree)
@@ -37,7 +46,7 @@ def tables(row: Round, data: str | Path) -> Tables:
     val = val[manifest.labels(val, classes) >= 0].reset_index(drop=True)
     if val.empty:
         raise InputError(f"{data}: val.json holds no photograph of the {len(classes)} classes trained on")
-    return Tables(train, val, classes, tree)
+    return Tables(train, val, classes, tree, manifest.digest(whole))
 
 
 def describe(classes: pd.DataFrame, tree: taxonomy.Taxonomy | None) -> pd.DataFrame:

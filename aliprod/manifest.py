@@ -109,15 +109,32 @@ def balance(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return table.iloc[np.sort(order[rank < quotas[codes[order]]])].reset_index(drop=True)
 
 
-def select(table: pd.DataFrame, least: int, most: int) -> pd.DataFrame:
+def select(table: pd.DataFrame, least: float, most: float) -> pd.DataFrame:
     """Rows of the classes with `least` to `most` photographs in this table, both inclusive."""
     counts = table.groupby("class_id")["class_id"].transform("size")
     chosen = table[counts.between(least, most)].reset_index(drop=True)
     if chosen.empty:
         raise InputError(
-            f"samples_per_class [{least}, {most}]: no class is in this range; "
+            f"samples_per_class [{least:g}, {most:g}]: no class is in this range; "
             f"the classes here have {counts.min()} to {counts.max()} photographs"
         )
+    return chosen
+
+
+def select_quantile(table: pd.DataFrame, low: float, high: float) -> pd.DataFrame:
+    """Rows of the classes whose photographs are as many as those of the `low` to `high` quantile of classes."""
+    return select(table, *np.quantile(table["class_id"].value_counts(), [low, high]))
+
+
+def select_listed(table: pd.DataFrame, path: str | Path, min_confidence: float) -> pd.DataFrame:
+    """Rows of the classes that a select list (a CSV with class_id, confidence) gives at least this confidence."""
+    listed = pd.read_csv(path, dtype={"class_id": "str"})
+    if missing := {"class_id", "confidence"} - set(listed):
+        raise InputError(f"{path}: no column {', '.join(sorted(missing))}; found {', '.join(listed.columns)}")
+    sure = listed.loc[listed["confidence"] >= min_confidence, "class_id"]
+    chosen = table[table["class_id"].isin(sure)].reset_index(drop=True)
+    if chosen.empty:
+        raise InputError(f"{path}: no class of this data has a confidence of {min_confidence:g} or more")
     return chosen
 
 

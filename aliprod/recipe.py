@@ -27,11 +27,17 @@ class Round(BaseModel):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     """Name of the round, unique in its recipe."""
     init: Annotated[str, Field(min_length=1)] = "imagenet"
-    """Weights to start from: imagenet, random, an earlier round, a run, a registry URI or a file."""
+    """Weights to start from: imagenet, random, an earlier round (round or recipe/round), a run, a URI or a file."""
     manifest: Annotated[str, Field(pattern=r"^(train|balanced|.+\.csv)$")] = "train"
     """Rows to train on: train, balanced, or the path of a table written by another entry point."""
     samples_per_class: Annotated[tuple[Count, Count] | None, Field(strict=False)] = None
     """Classes to train on, by their photographs in the manifest: [least, most], inclusive; absent: all."""
+    samples_quantile: Annotated[tuple[Share, Share] | None, Field(strict=False)] = None
+    """The same by quantiles of the classes' photographs: [0.5, 1] is the more frequent half; absent: all."""
+    select_list: Annotated[str, Field(pattern=r"\.csv$")] | None = None
+    """A CSV of class_id and confidence, as evaluate writes it, to choose stable classes by; absent: all."""
+    min_confidence: Share = 0.0
+    """Least confidence of a class in the select list."""
 
     backbone: Annotated[str, Field(min_length=1)] = "efficientnet_lite0"
     """Feature extractor: any name timm knows, or the seed's."""
@@ -107,8 +113,9 @@ class Round(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> "Round":
-        if self.samples_per_class and self.samples_per_class[0] > self.samples_per_class[1]:
-            raise ValueError(f"samples_per_class {list(self.samples_per_class)}: least must not exceed most")
+        for name in ("samples_per_class", "samples_quantile"):
+            if (pair := getattr(self, name)) and pair[0] > pair[1]:
+                raise ValueError(f"{name} {list(pair)}: least must not exceed most")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must not exceed epochs {self.epochs}")
         if self.triplet_weight and self.freeze == "all":

@@ -298,3 +298,26 @@ print(len(table), len(balanced), len(chosen), peak)
     *sizes, peak = map(float, numbers.split())
     assert sizes == [2_500_000, sum(capped), sum(count for count in capped if 50 <= count <= 200)]
     assert peak < 2e9 / 2**30
+
+
+def uneven() -> pd.DataFrame:
+    """Classes "0" to "9" with 1 to 10 photographs."""
+    ids = [str(number) for number in range(10) for _ in range(number + 1)]
+    return pd.DataFrame({"split": "train", "class_id": ids, "image_id": [f"{row}.jpg" for row in range(len(ids))]})
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.0, 1.0, "0123456789"), (0.5, 1.0, "56789"), (0.0, 0.0, "0")])
+def test_a_quantile_chooses_classes_by_their_photographs(low, high, expected):
+    assert "".join(manifest.select_quantile(uneven(), low, high)["class_id"].unique()) == expected
+
+
+def test_a_select_list_chooses_classes_by_their_confidence(tmp_path):
+    listed = pd.DataFrame({"class_id": ["3", "7", "9", "absent"], "confidence": [0.9, 0.5, 0.8, 1.0]})
+    manifest.write_csv(listed, tmp_path / "list.csv")
+    chosen = manifest.select_listed(uneven(), tmp_path / "list.csv", 0.8)
+    assert chosen["class_id"].value_counts().to_dict() == {"9": 10, "3": 4}
+    with pytest.raises(InputError, match=r"list.csv: no class of this data has a confidence of 1 or more"):
+        manifest.select_listed(uneven(), tmp_path / "list.csv", 1.0)
+    manifest.write_csv(listed[["class_id"]], tmp_path / "list.csv")
+    with pytest.raises(InputError, match=r"list.csv: no column confidence; found class_id"):
+        manifest.select_listed(uneven(), tmp_path / "list.csv", 0.5)

@@ -50,7 +50,7 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     if resume and earlier.exists():
         shutil.copytree(earlier, checkpoints, copy_function=os.link)
     tables = assembly.tables(row, job.data)
-    digest = manifest.digest(tables.train)
+    digest = tables.data_digest
     run.tags({"recipe": job.recipe, "round": row.name, "data": digest} | ({"resumed_from": resume} if resume else {}))
     if resume:
         close_abandoned(resume)
@@ -134,11 +134,15 @@ def _init(job: Job, digest: str) -> str:
     init = job.row.init
     if init in ("imagenet", "random") or Path(init).exists():
         return init
-    earlier = models.newest({"aliprod.recipe": job.recipe, "aliprod.round": init, "aliprod.data": digest})
+    recipe_name, _, round_name = init.rpartition("/")  # of another recipe: baseline/2
+    tags = {"aliprod.recipe": recipe_name or job.recipe, "aliprod.round": round_name, "aliprod.data": digest}
+    earlier = models.newest(tags)
     try:
         return str(models.fetch(earlier or init))
     except InputError as error:
-        raise InputError(f"init {init!r}: no finished round of recipe {job.recipe} on this data; {error}") from None
+        raise InputError(
+            f"init {init!r}: no finished round of recipe {recipe_name or job.recipe} on this data; {error}"
+        ) from None
 
 
 def _log_report(run: Run, made: training.Report, row: Round, seconds: float) -> None:
