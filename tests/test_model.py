@@ -158,3 +158,45 @@ def test_imagenet_weights_that_cannot_be_had_are_refused_in_words(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: (_ for _ in ()).throw(OSError("no route to the hub")))
     with pytest.raises(InputError, match="resnet34 cannot be fetched .no route"):
         model._imagenet("resnet34")
+
+
+SEEDS = [
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "senet154",
+    "res2net_v1b_50",
+    "res2net_v1b_101",
+    "res2net50_26w_4s",
+    "res2net101_26w_4s",
+    "res2next50",
+    "resnest50",
+    "resnest101",
+    "resnest200",
+    "resnest269",
+    "xception",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_backbone_of_the_seed_learns_freezes_and_is_saved(name, tmp_path):
+    made = Recogniser(name, 2, image_size=64)
+    images = photographs(2)
+    assert made.embed(images).shape == (2, made.width)
+    made.freeze(1)
+    made.train()
+    made(images).square().sum().backward()
+    learnt = {name for name, parameter in made.backbone.named_parameters() if parameter.grad is not None}
+    assert learnt and not learnt & made.frozen
+    assert learnt | made.frozen == {name for name, _ in made.backbone.named_parameters()}
+    made.freeze("all")
+    before = weights_digest(made.backbone)
+    made.train()
+    made(images)
+    assert weights_digest(made.backbone) == before
+    made.save(tmp_path / "model", CLASSES, None, {})
+    assert torch.equal(model.load(tmp_path / "model").model(images), made.eval()(images))
