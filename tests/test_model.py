@@ -161,23 +161,9 @@ def test_imagenet_weights_that_cannot_be_had_are_refused_in_words(monkeypatch):
 
 
 SEEDS = [
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "senet154",
-    "res2net_v1b_50",
-    "res2net_v1b_101",
-    "res2net50_26w_4s",
-    "res2net101_26w_4s",
-    "res2next50",
-    "resnest50",
-    "resnest101",
-    "resnest200",
-    "resnest269",
-    "xception",
+    *("resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "senet154", "xception"),
+    *("res2net_v1b_50", "res2net_v1b_101", "res2net50_26w_4s", "res2net101_26w_4s", "res2next50"),
+    *("resnest50", "resnest101", "resnest200", "resnest269"),
 ]
 
 
