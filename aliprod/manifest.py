@@ -109,6 +109,16 @@ def balance(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return table.iloc[np.sort(order[rank < quotas[codes[order]]])].reset_index(drop=True)
 
 
+def grow(table: pd.DataFrame, least: int, seed: int) -> pd.DataFrame:
+    """Repeats rows of the classes that have fewer than `least` until they have as many, each as often as the others."""
+    shuffled = table.iloc[np.random.default_rng(seed).permutation(len(table))]
+    counts = shuffled.groupby("class_id")["class_id"].transform("size").to_numpy()
+    place = shuffled.groupby("class_id").cumcount().to_numpy()
+    # Row number `place` of its class stands in for the places place, place + count, place + 2 * count ... < least.
+    times = np.where(counts < least, -(-(least - place) // counts), 1)
+    return shuffled.loc[shuffled.index.repeat(times)].sort_index(kind="stable").reset_index(drop=True)
+
+
 def select(table: pd.DataFrame, least: float, most: float) -> pd.DataFrame:
     """Rows of the classes with `least` to `most` photographs in this table, both inclusive."""
     counts = table.groupby("class_id")["class_id"].transform("size")

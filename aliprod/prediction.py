@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from aliprod import InputError
+from aliprod import InputError, features, manifest
 from aliprod.features import BATCH_SIZE, Features
 from aliprod.images import Images
 from aliprod.model import Recogniser, Saved, autocast
@@ -54,6 +54,27 @@ def predict(model: Recogniser, source: Images | Features, precision: str = "fp32
         suffix = "" if place == 0 else f"_{place + 1}"
         table[f"pred{suffix}"], table[f"confidence{suffix}"] = preds[:, place], scores[:, place]
     return table
+
+
+def predict_table(
+    saved: Saved, table: pd.DataFrame, classes: pd.DataFrame, data: str | Path, cache: str | Path, precision: str
+) -> pd.DataFrame:
+    """The answers of a saved model for the readable rows of `table`; the index is the row.
+
+    Labels and answers are rows of `classes`; an answer that is not among them is len(classes). Embeddings are kept in
+    `cache`. InputError if there are classes that the model does not know.
+    """
+    labels = manifest.labels(table, saved.classes)
+    if (labels < 0).any():
+        unknown = table.loc[labels < 0, "class_id"]
+        raise InputError(f"the model does not know {unknown.nunique()} of the classes, such as {unknown.iloc[0]}")
+    images = Images(manifest.paths(table, data), labels, saved.model.preprocessing)
+    answers = predict(saved.model, features.compute(saved.model, images, cache, precision), precision)
+    ours = manifest.labels(saved.classes, classes)
+    ours = np.where(ours < 0, len(classes), ours)
+    columns = answers.filter(regex="^(label|pred)").columns
+    answers[columns] = ours[answers[columns].to_numpy()]
+    return answers
 
 
 def recognise(saved: Saved, files: list[str] | list[bytes], top: int = TOP) -> pd.DataFrame:

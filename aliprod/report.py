@@ -143,6 +143,20 @@ def confusion(predictions: pd.DataFrame, per_class: pd.DataFrame, worst: int = 1
     return figure
 
 
+def thumbnails(dropped: pd.DataFrame, files: pd.Series, names: pd.Series, count: int = 60) -> Figure:
+    """Photographs that cleaning dropped, chosen by chance, with the class they are filed under; `names` by class id."""
+    shown = dropped[dropped["reason"] != "unreadable"]
+    shown = shown.sample(min(count, len(shown)), random_state=0).sort_values("class_id")
+    height = max(1, -(-len(shown) // 10))
+    figure = Figure(figsize=(16, 1.9 * height), layout="constrained")
+    for place, (row, class_id) in enumerate(shown["class_id"].items(), start=1):
+        axes = figure.add_subplot(height, 10, place)
+        axes.imshow(images.decode(Path(files[row]).read_bytes()))
+        axes.set_title(str(names[class_id])[:22], fontsize=7)
+        axes.set_axis_off()
+    return figure
+
+
 def mistakes(predictions: pd.DataFrame, classes: pd.DataFrame, files: pd.Series, count: int = 20) -> Figure:
     """The most confident wrong answers with their photographs; `files` has the same index as `predictions`."""
     wrong = predictions[predictions["label"] != predictions["pred"]].nlargest(count, "confidence")

@@ -1,6 +1,7 @@
 """The commands people type, run for real: what they leave in the store, and what they say to a mistake."""
 
 import importlib
+import json
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 
 from aliprod import assembly, manifest, model, recipe
-from entrypoints import evaluate, predict, prepare, send, train
+from entrypoints import clean, evaluate, predict, prepare, send, train
 from entrypoints.command import command
 from tracking import models
 
@@ -113,6 +114,23 @@ def test_prepare_writes_the_tables_and_logs_them(shop, store, tmp_path):
     for name in logged:
         assert logged[name] == manifest.digest(manifest.read_csv(tmp_path / "tables" / f"{name}.csv"))
     assert (tmp_path / "tables" / "product_tree.csv").exists()
+
+
+@pytest.mark.parametrize("rule", ["misclassified", "disagreement", "confident"])
+def test_cleaning_writes_a_manifest_that_trains(tiny, shop, store, tmp_path, rule):
+    train.main(**arguments(recipe=str(tiny), data=str(shop)))
+    output = tmp_path / "reliable.csv"
+    clean.main("newest newest", str(shop), "train", rule, 0.92, 2, 5, "fp32", output, 0, Path("work"))
+    run = store.search_runs(["1"])[0]
+    before, after = manifest.read(shop, "train"), manifest.read_csv(output)
+    dropped = pd.read_csv(store.download_artifacts(run.info.run_id, "dropped.csv"), dtype=str)
+    assert run.info.run_name == f"clean {rule}" and len(dropped) == run.data.metrics["num_dropped"] > 0
+    assert set(after["class_id"]) == set(before["class_id"]) and after["class_id"].value_counts().min() >= 5
+    assert len(after.drop_duplicates()) + len(dropped) == len(before)
+    assert set(run.data.metrics) >= {"precision", "recall", "f1"}
+    assert json.loads(output.with_suffix(".json").read_text())["source"] == manifest.digest(before)
+    train.main(**arguments(recipe=str(tiny), data=str(shop), overrides=f"manifest={output} epochs=1"))
+    assert store.search_runs(["1"])[0].data.params["num_train"] == str(len(after))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

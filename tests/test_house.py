@@ -54,7 +54,7 @@ def test_a_file_has_one_job_a_name_and_an_end(file):
     assert file.stem not in {"utils", "helpers", "common", "misc"}
     assert ast.get_docstring(ast.parse(file.read_text())), "says what it is for"
     lines = file.read_text().count("\n")
-    assert lines <= (45 if file.stem in ENTRIES else 330), f"{lines} lines"
+    assert lines <= (55 if file.stem in ENTRIES else 330), f"{lines} lines"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
