@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -136,7 +137,7 @@ def _init(job: Job, digest: str) -> str:
         return init
     recipe_name, _, round_name = init.rpartition("/")  # of another recipe: baseline/2
     tags = {"aliprod.recipe": recipe_name or job.recipe, "aliprod.round": round_name, "aliprod.data": digest}
-    earlier = models.newest(tags)
+    earlier = models.newest(tags) if re.fullmatch(r"[\w./-]+", init) else None
     try:
         return str(models.fetch(earlier or init))
     except InputError as error:
