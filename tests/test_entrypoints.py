@@ -186,7 +186,11 @@ def run_command(name: str, argv: list[str]) -> None:
 
 
 MISTAKES = {
-    "recipe": ("train", {"recipe": "nowhere"}, r"recipe 'nowhere' not found: give a .toml file, or baseline, demo, grocery"),
+    "recipe": (
+        "train",
+        {"recipe": "nowhere"},
+        r"recipe 'nowhere' not found: give a .toml file, or baseline, demo, grocery",
+    ),
     "round": ("train", {"round": "third"}, r"recipe demo: no round 'third'; it has frozen"),
     "data": ("train", {"data": "nowhere"}, r"data 'nowhere': no folder /"),
     "override": ("train", {"overrides": "lr=fast"}, r"overrides: lr 'fast': .*number"),

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import re
 import subprocess
@@ -102,10 +103,21 @@ def test_every_import_is_in_the_one_list_of_dependencies():
     distributions = {"cv2": "opencv-python", "PIL": "pillow", "imgaug": "imaug", "mpl_toolkits": "matplotlib"}
     environment = yaml.safe_load((ROOT / "conda.yaml").read_text())
     listed = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
-    names = {re.split(r"[<>=~ \[]", line)[0] for line in listed} | {"numpy"}  # numpy: pandas' and torch's own
+    names = {re.split(r"[<>=~ \[]", line)[0] for line in listed}
     used = set().union(*map(roots, FILES)) - set(sys.stdlib_module_names) - set(PACKAGES)
     assert {distributions.get(name, name) for name in used} <= names
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["dependencies"]
+
+
+@pytest.mark.slow
+def test_uv_would_install_what_pip_installed(tmp_path):
+    environment = yaml.safe_load((ROOT / "conda.yaml").read_text())
+    listed = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
+    (tmp_path / "requirements.in").write_text("\n".join(listed))
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
+    resolved = subprocess.run([*command, str(tmp_path / "requirements.in")], check=True, capture_output=True, text=True)
+    pins = dict(line.split("==") for line in resolved.stdout.splitlines())
+    assert {name: importlib.metadata.version(name) for name in pins} == pins
 
 
 def test_mlflow_builds_the_environment_everyone_has():
