@@ -163,6 +163,13 @@ def test_images_of_a_class_stand_together_when_asked(row):
     assert not np.array_equal(drawn, again)
 
 
+@pytest.mark.slow
+def test_a_compiled_backbone_learns_the_same(row, shop, tmp_path):
+    plain, compiled = (trained(changed(row, compile=on, epochs=1), shop, tmp_path / str(on)) for on in (False, True))
+    assert compiled[1][-1].train["loss"] == pytest.approx(plain[1][-1].train["loss"], rel=1e-3)
+    assert compiled[0].state_dict().keys() == plain[0].state_dict().keys()
+
+
 def test_the_average_is_the_recursion(row, shop, tmp_path):
     row = changed(row, ema_decay=0.8, epochs=1)
     averaged, _ = trained(row, shop, tmp_path / "a")
