@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def test_a_dead_server_is_refused_in_one_line(tmp_path, monkeypatch):
 def test_system_metrics_are_recorded(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     with runs.start("system", tmp_path / "work") as run:
-        while not store.get_run(run.id).data.metrics:
-            pass
+        deadline = time.monotonic() + 60
+        while not store.get_run(run.id).data.metrics and time.monotonic() < deadline:
+            time.sleep(0.1)
     assert "system/cpu_utilization_percentage" in store.get_run(run.id).data.metrics
 
 
