@@ -1,0 +1,43 @@
+"""Command line of the benchmarks: runs those named, or all, and prints a Markdown table for each."""
+
+import argparse
+from pathlib import Path
+
+from aliprod import InputError
+from benchmarks import finetune, frozen, images, manifest, metrics
+from entrypoints.command import data_folder
+
+BENCHMARKS = {
+    "manifest": manifest.measure,
+    "images": images.measure,
+    "finetune": finetune.measure,
+    "frozen": frozen.measure,
+    "metrics": metrics.measure,
+}
+WITHOUT_DATA = ("manifest", "metrics")  # they make up their own tables
+
+
+def main() -> None:
+    """Parses the command line; a mistake in it ends in one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--data", default="demo", help="a folder laid out as AliProducts is; default: the demo's")
+    parser.add_argument("--limit", type=int, help="photographs, records or predictions used, at least 64")
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in BENCHMARKS]:
+        parser.exit(2, f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}\n")
+    if options.limit is not None and options.limit < 64:
+        parser.exit(2, f"--limit {options.limit}: must be at least 64, two batches\n")
+    try:
+        for name in options.names or BENCHMARKS:
+            arguments = {} if name in WITHOUT_DATA else {"data": data_folder(options.data, Path("work"))}
+            if options.limit is not None:
+                arguments["limit"] = options.limit
+            for table in BENCHMARKS[name](**arguments):
+                print(table, flush=True)
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
