@@ -95,11 +95,10 @@ def letterbox(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     scale = size / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     method = cv2.INTER_AREA if scale < 1 else INTERPOLATIONS[preprocessing.interpolation]
-    square = np.full((size, size, 3), preprocessing.fill, dtype=np.uint8)
     top, left = (size - new_height) // 2, (size - new_width) // 2
     resized = cv2.resize(image, (new_width, new_height), interpolation=method)
-    square[top : top + new_height, left : left + new_width] = resized
-    return square
+    bottom, right = size - new_height - top, size - new_width - left
+    return cv2.copyMakeBorder(resized, top, bottom, left, right, cv2.BORDER_CONSTANT, value=preprocessing.fill)
 
 
 def load(data: bytes, preprocessing: Preprocessing, augment: str = "none", seed: int = 0) -> np.ndarray:

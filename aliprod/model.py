@@ -97,7 +97,7 @@ class Recogniser(nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, S, S) uint8 -> embeddings (B, D), normalised as the backbone was pretrained."""
-        return self.backbone((images.float() - self._mean) / self._std)
+        return self.backbone(images.float().sub_(self._mean).div_(self._std))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, S, S) uint8 -> logits (B, C)."""
