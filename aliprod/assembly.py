@@ -30,7 +30,8 @@ class Tables:
 def tables(row: Round, data: str | Path) -> Tables:
     """Reads and selects the rows of `row` in the folder `data`; of val, those whose class is trained on."""
     whole = manifest.read(data, "train")
-    train = whole if row.manifest == "train" else manifest.read(data, row.manifest, row.seed)
+    derived = {"train": lambda: whole, "balanced": lambda: manifest.balance(whole, row.seed)}
+    train = derived.get(row.manifest, lambda: manifest.read_csv(row.manifest))()
     if row.samples_per_class:
         train = manifest.select(train, *row.samples_per_class)
     if row.samples_quantile:

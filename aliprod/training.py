@@ -72,6 +72,7 @@ def train(
     assert source.labels is not None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    stop = stop or threading.Event()
     torch.manual_seed(row.seed)
     learner = _Learner(model, row, source)
     state, sums = _State(), _EpochSums(len(source.rows), model.device)
@@ -105,7 +106,7 @@ def train(
                 state.step += 1
                 if state.batch % every == 0:
                     curve.append({"step": state.step, "loss": loss.item(), "lr": lr})
-                stopped = stop is not None and stop.is_set()
+                stopped = stop.is_set()
                 if state.batch < len(batches) and (stopped or state.step % checkpoint_steps == 0):
                     yield saved()
                     if stopped:
@@ -119,7 +120,7 @@ def train(
         learnt = sums.scores()
         sums.clear()
         yield saved(train=learnt, val=scores, best=better)
-        if stop is not None and stop.is_set() and state.epoch < row.epochs:
+        if stop.is_set() and state.epoch < row.epochs:
             return
     model.load_state_dict(torch.load(folder / "best.pt", map_location=model.device, weights_only=True))
 

@@ -27,6 +27,7 @@ def main(
     table = read(folder, manifest, seed)
     classes = class_index(table)
     rules = {"misclassified": cleaning.misclassified(min_accuracy), "disagreement": cleaning.disagreement(votes)}
+    rules["confident"] = cleaning.confident()
     lineage = {"source": digest(table), "manifest": manifest, "models": models, "rule": rule, "seed": seed}
     with start(f"clean {rule}", work, lineage) as run:
         run.dataset(table, str(folder), manifest, "source")
@@ -34,8 +35,7 @@ def main(
         for saved in (load(fetch(name)) for name in models.split()):
             saved.model.to(device)
             answers.append(predict_table(saved, table, classes, folder, work / "features", precision))
-        judge = rules.get(rule) or cleaning.confident()
-        kept, dropped = cleaning.clean(table, answers, judge, least=least, seed=seed)
+        kept, dropped = cleaning.clean(table, answers, rules[rule], least=least, seed=seed)
         write_csv(kept, output)
         output.with_suffix(".json").write_text(json.dumps(lineage | {"digest": digest(kept)}, indent=2))
         run.table(kept, output.name)
