@@ -1,13 +1,14 @@
 """Embeddings computed once: what rounds with a frozen backbone, evaluation and cleaning work from.
 
-An embedding depends only on the backbone's weights, the arithmetic, the preprocessing and the file, so it is
-kept on disk under the digest of those. The file is filled under another name, with a count of the rows done
-beside it, and renamed when complete: an interrupted computation goes on where it was.
+An embedding depends only on the backbone's weights, the arithmetic, the preprocessing and the file. Those of one
+network are kept in one folder, named by a digest of the first three, in numbered parts that are only ever added to:
+whoever needs files that no part has computes those alone. A part is filled under another name, with a count of the rows
+done, and renamed when complete: an interrupted computation goes on where it was.
 """
 
+import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from aliprod.atomic import replacing
 from aliprod.images import Images
 from aliprod.model import Recogniser, autocast, weights_digest
 from aliprod.progress import progress
@@ -25,26 +27,59 @@ BATCH_SIZE = 128  # images; without gradients this fits everywhere
 SAVE_EVERY = 16  # batches between two notes of how far the computation is
 
 
+class Store:
+    """Embeddings of one network on disk, a row a file, all parts one after the other.
+
+    `keys` names each row's file, size and time of change; `reasons` says why it has no embedding, "" where it has.
+    """
+
+    def __init__(self, folder: Path):
+        parts = sorted(folder.glob("[0-9]*"))
+        index = pd.concat(
+            [pd.DataFrame({"key": [], "reason": []}, dtype="str")]
+            + [pd.read_parquet(part / "files.parquet") for part in parts],
+            ignore_index=True,
+        )
+        self.digest = folder.name
+        self.keys = index["key"].drop_duplicates()
+        self.reasons = index["reason"].to_numpy()
+        self._parts = [np.load(part / "embeddings.npy", mmap_mode="r") for part in parts]
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+
+    def rows(self, keys: pd.Series) -> np.ndarray:
+        """The row of each key (M,), -1 where there is none yet."""
+        found = pd.Index(self.keys).get_indexer(pd.Index(keys))
+        return np.where(found >= 0, self.keys.index.to_numpy()[found] if len(self.keys) else -1, -1)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings (B, D) float32 of these rows (B,)."""
+        places = np.searchsorted(self._starts, rows, side="right") - 1
+        taken = np.empty((len(rows), self._parts[0].shape[1]), dtype=np.float32)
+        for place in np.unique(places):
+            here = places == place
+            taken[here] = self._parts[place][rows[here] - self._starts[place]]
+        return taken
+
+
 class Features:
     """Embeddings in the place of photographs: offers what `Images` offers, its batches go through the head alone.
 
-    embeddings (M, D) float32 of M files, named by `digest`; codes (N,) which of them each row of `images` is.
-    Rows whose file cannot be read are in `corrupt` and in no batch.
+    codes (N,) says which row of `store` each row of `images` is. Rows whose file cannot be read are in `corrupt` and
+    in no batch.
     """
 
-    def __init__(self, images: Images, embeddings: np.ndarray, codes: np.ndarray, digest: str):
+    def __init__(self, images: Images, store: Store, codes: np.ndarray):
         self.paths = images.paths
         self.labels = images.labels
         self.corrupt = images.corrupt
-        self.embeddings = embeddings
+        self.store = store
         self.codes = codes
-        self.digest = digest
         self.rows = np.delete(np.arange(len(codes)), list(images.corrupt))
 
     def batches(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yields embeddings (B, D) float32 and their rows (B,)."""
         for rows in batches:
-            yield torch.from_numpy(self.embeddings[self.codes[rows]]), rows
+            yield torch.from_numpy(self.store.take(self.codes[rows])), rows
 
     @staticmethod
     def embed(model: Recogniser, batch: torch.Tensor) -> torch.Tensor:
@@ -59,25 +94,36 @@ def compute(model: Recogniser, images: Images, folder: str | Path, precision: st
     """
     assert images.augment == "none", "an augmented image has no one embedding"
     codes, files = pd.factorize(np.array(images.paths, dtype=object))
-    path = Path(folder) / f"{_key(model, images, files, precision)}.npy"
-    reasons_path = path.with_suffix(".corrupt.json")
-    if not path.exists():
-        _fill(model, images.replace(files.tolist()), path, reasons_path, precision)
-    reasons = {int(code): reason for code, reason in json.loads(reasons_path.read_text()).items()}
-    corrupt_rows = np.flatnonzero(np.isin(codes, list(reasons)))
-    images.note_corrupt({int(row): reasons[codes[row]] for row in corrupt_rows})
-    return Features(images, np.load(path, mmap_mode="r"), codes, path.stem)
+    keys = pd.Series([_key(file) for file in files], dtype="str")
+    home = Path(folder) / _digest(model, images, precision)
+    home.mkdir(parents=True, exist_ok=True)
+    store = Store(home)
+    if (store.rows(keys) < 0).any():
+        with (home / "lock").open("w") as lock:  # another process may be at the same work: then wait for what it does
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            store = Store(home)
+            missing = np.flatnonzero(store.rows(keys) < 0)
+            if len(missing):
+                source = images.replace(files[missing].tolist())
+                source.max_corrupt_share *= len(images.paths) / len(missing)
+                _fill(model, source, keys[missing], home, precision)
+                store = Store(home)
+    places = store.rows(keys)[codes]
+    reasons = store.reasons[places]
+    images.note_corrupt({int(row): reasons[row] for row in np.flatnonzero(reasons != "")})
+    return Features(images, store, places)
 
 
 @torch.inference_mode()
-def _fill(model: Recogniser, images: Images, path: Path, reasons_path: Path, precision: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, note = path.with_suffix(".partial.npy"), path.with_suffix(".partial.json")
+def _fill(model: Recogniser, images: Images, keys: pd.Series, home: Path, precision: str) -> None:
+    partial = home / f"partial-{hashlib.sha256(chr(10).join(keys).encode()).hexdigest()[:16]}"
+    partial.mkdir(exist_ok=True)
+    note = partial / "done.json"
     state: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {"done": 0, "corrupt": {}}
-    images.corrupt = {int(code): reason for code, reason in state["corrupt"].items()}
+    images.corrupt = {int(row): reason for row, reason in state["corrupt"].items()}
     total, done = len(images.paths), state["done"]
-    mode = "r+" if done else "w+"
-    store = np.lib.format.open_memmap(partial, mode, np.float32, (total, model.width))
+    shape = (total, model.width)
+    store = np.lib.format.open_memmap(partial / "embeddings.npy", "r+" if done else "w+", np.float32, shape)
     model.eval()
     chunks = [np.arange(start, min(start + BATCH_SIZE, total)) for start in range(done, total, BATCH_SIZE)]
     with progress(total=total, initial=done, desc="embedding", unit="img") as bar:
@@ -87,26 +133,23 @@ def _fill(model: Recogniser, images: Images, path: Path, reasons_path: Path, pre
             bar.update(len(chunks[number]))
             if number % SAVE_EVERY == SAVE_EVERY - 1:
                 store.flush()
-                _write(note, {"done": int(chunks[number][-1]) + 1, "corrupt": images.corrupt})
+                with replacing(note) as path:
+                    path.write_text(json.dumps({"done": int(chunks[number][-1]) + 1, "corrupt": images.corrupt}))
     store.flush()
-    _write(reasons_path, images.corrupt)
-    partial.replace(path)
+    reasons = [images.corrupt.get(row, "") for row in range(total)]
+    pd.DataFrame({"key": keys, "reason": reasons}, dtype="str").to_parquet(partial / "files.parquet", index=False)
     note.unlink(missing_ok=True)
+    partial.rename(home / f"{len(list(home.glob('[0-9]*'))):05d}")
 
 
-def _write(path: Path, value: dict) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value))
-    beside.replace(path)
+def _digest(model: Recogniser, images: Images, precision: str) -> str:
+    about = [weights_digest(model.backbone), precision, asdict(images.preprocessing)]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
-def _key(model: Recogniser, images: Images, files: np.ndarray, precision: str) -> str:
-    sha = hashlib.sha256()
-    sha.update(json.dumps([weights_digest(model.backbone), precision, asdict(images.preprocessing)]).encode())
-    for file in files:
-        try:
-            stat = Path(file).stat()
-            sha.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        except OSError:
-            sha.update(f"{file}\0missing\n".encode())
-    return sha.hexdigest()[:32]
+def _key(file: str) -> str:
+    try:
+        stat = Path(file).stat()
+        return f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    except OSError:
+        return f"{file}\0missing"

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from aliprod import InputError
+from aliprod.atomic import replacing
 
 COLUMNS = ["split", "class_id", "image_id"]
 
@@ -67,13 +68,8 @@ def read_csv(path: str | Path) -> pd.DataFrame:
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:
     """Writes any table as CSV, beside the target first, so that no half-written file is ever seen."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(Path(path)) as beside:
         beside.write_bytes(_csv_bytes(table))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def digest(table: pd.DataFrame) -> str:

@@ -1,7 +1,9 @@
 """What people read: an evaluation's scores, tables and figures."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,6 +12,7 @@ from aliprod import InputError, features, images, manifest, metrics
 from aliprod.images import Images
 from aliprod.model import Recogniser
 from aliprod.prediction import predict
+from aliprod.recipe import Round
 from aliprod.training import Report
 
 
@@ -53,7 +56,7 @@ def evaluate(
     )
     predictions = known.join(predict(model, source, precision), how="inner")
     predictions["embedding"] = source.codes[predictions.index]
-    predictions.attrs["embeddings"] = source.digest  # whose rows `embedding` counts
+    predictions.attrs["embeddings"] = source.store.digest  # whose rows `embedding` counts
     if predictions.empty:
         raise InputError(f"none of the {len(known)} photographs can be read; the first: {source.corrupt[0]}")
     table_classes = table["class_id"].nunique()
@@ -75,6 +78,62 @@ def evaluate(
             "mistakes": mistakes(predictions, classes, files),
         },
     )
+
+
+def rounds(results: list[tuple[Round, dict[str, Any]]]) -> pd.DataFrame:
+    """The table of rounds, its columns named as the seed names its own, beside what its authors reported.
+
+    results: each round with its recipe, run, num_classes, gap, map and the yardstick's ncm_accuracy and nn_accuracy.
+    """
+    return pd.DataFrame(
+        {
+            "R": f"{scores['recipe']}/{row.name}",
+            "Precision": row.precision,
+            "Models": row.backbone,
+            "Loss": row.loss,
+            "Opt": row.optimizer,
+            "Freeze": str(row.freeze),
+            "Epochs": row.epochs,
+            "Base LR": row.lr,
+            "LR_STEP": row.lr_step if row.schedule == "step" else row.schedule,
+            "LR_FACTOR": row.lr_factor if row.schedule == "step" else "",
+            "Batch Size": row.batch_size,
+            "Class Number": scores["num_classes"],
+            "Input": row.image_size,
+            "GAP": scores["gap"],
+            "MAP": scores["map"],
+            "Reported GAP": (row.reported or {}).get("gap", math.nan),
+            "Reported MAP": (row.reported or {}).get("map", math.nan),
+            "NCM": scores["ncm_accuracy"],
+            "1-NN": scores["nn_accuracy"],
+            "Run": scores["run"],
+        }
+        for row, scores in results
+    ).astype({"LR_STEP": "str", "LR_FACTOR": "str"})
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown, numbers with four decimals, "" for what is not known."""
+    cells = table.map(lambda value: f"{value:.4f}" if isinstance(value, float) and value < 1 else str(value))
+    cells = cells.mask(table.isna(), "")
+    marks = ["---:" if pd.api.types.is_numeric_dtype(kind) else "---" for kind in table.dtypes]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(table.columns), marks, *cells.to_numpy().tolist()])
+
+
+def rounds_figure(table: pd.DataFrame) -> Figure:
+    """GAP and MAP by round, which are over different classes, beside the reported ones; and the yardstick over all."""
+    figure = Figure(figsize=(3 + 1.1 * len(table), 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in {"GAP": "tab:blue", "MAP": "tab:orange"}.items():
+        axes.plot(table["R"], table[name], "o-", color=colour, label=f"{name}, over the round's classes")
+        axes.plot(table["R"], table[f"Reported {name}"], "x", color=colour, label=f"{name}, reported by the seed")
+    for name, about in {"NCM": "nearest class mean", "1-NN": "nearest neighbour"}.items():
+        axes.plot(table["R"], table[name], "s--", label=f"accuracy by the {about}, over all classes")
+    axes.set(title="Rounds", ylim=(0, 1))
+    axes.tick_params(axis="x", rotation=30)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower right")
+    return figure
 
 
 def curves(reports: list[Report]) -> Figure:

@@ -1,6 +1,7 @@
 """A round: resumed it equals one never stopped, frozen and cached it equals the slow way."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import threading
@@ -238,23 +239,45 @@ def test_an_interrupted_embedding_goes_on_where_it_was(row, shop, tmp_path, monk
         features.compute(model, source, tmp_path / "parts")
     parts = features.compute(model, source, tmp_path / "parts")
     assert seen == 32 + len(source.paths) - 16
-    assert np.array_equal(parts.embeddings, whole.embeddings)
+    assert np.array_equal(parts.store.take(parts.codes), whole.store.take(whole.codes))
 
 
 def test_the_cache_notices_other_weights_sizes_and_files(row, shop, tmp_path):
     model, source, _ = material(row, shop)
-    first = features.compute(model, source, tmp_path).digest
-    assert features.compute(model, source, tmp_path, "bf16").digest != first
+    first = features.compute(model, source, tmp_path).store.digest
+    assert features.compute(model, source, tmp_path, "bf16").store.digest != first
     with torch.no_grad():
         next(model.backbone.parameters()).add_(1e-3)
-    assert features.compute(model, source, tmp_path).digest != first
+    assert features.compute(model, source, tmp_path).store.digest != first
+
+
+def test_only_files_that_are_new_or_changed_are_embedded(row, shop, tmp_path, monkeypatch):
+    model, source, _ = material(row, shop)
+    seen = []
+    monkeypatch.setattr(
+        Recogniser, "embed", lambda self, x, embed=Recogniser.embed: seen.append(len(x)) or embed(self, x)
+    )
+    copies = [str(tmp_path / f"{number}.jpg") for number in range(20)]
+    for path, copy in zip(source.paths, copies, strict=False):
+        shutil.copy(path, copy)
+    broken = copies[:6] + [str(tmp_path / "missing.jpg")]
+    first = features.compute(model, source.replace(broken), tmp_path / "cache")
+    assert sum(seen) == 6 and set(first.corrupt) == {6}
+    shutil.copy(source.paths[20], copies[3])
+    shutil.copy(source.paths[21], tmp_path / "missing.jpg")
+    mixed = [copies[7], *broken, *copies[5:]]
+    second = features.compute(model, source.replace(mixed), tmp_path / "cache")
+    assert sum(seen) == 6 + 2 + 14 and not second.corrupt
+    assert second.codes[1:4].tolist() == first.codes[:3].tolist()  # rows keep their place
+    alone = features.compute(model, source.replace(mixed), tmp_path / "another")
+    np.testing.assert_allclose(second.store.take(second.codes), alone.store.take(alone.codes), atol=1e-5)
 
 
 def test_repeated_rows_are_embedded_once(row, shop, tmp_path):
     model, source, _ = material(row, shop)
     grown = Images(source.paths + source.paths[:7], np.append(source.labels, source.labels[:7]), model.preprocessing)
     cached = features.compute(model, grown, tmp_path)
-    assert len(cached.embeddings) == len(source.paths)
+    assert len(cached.store.keys) == len(source.paths)
     ((batch, _),) = cached.batches([np.array([3, len(source.paths) + 3])])
     assert torch.equal(batch[0], batch[1])
 

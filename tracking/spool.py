@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from aliprod.atomic import replacing
 from tracking import models
 
 PATIENCE = 30  # seconds between two attempts to reach a server that did not answer
@@ -64,9 +65,8 @@ class Spool:
                         refused.write(line)
                     print(f"run {self.run_id}: the tracking server refused a record, kept in {refused.name}: {error}")
                 sent += len(line)
-                beside = sent_path.with_suffix(".new")
-                beside.write_text(str(sent))
-                beside.replace(sent_path)
+                with replacing(sent_path) as beside:
+                    beside.write_text(str(sent))
             return True
 
     def close(self) -> bool:
@@ -94,6 +94,16 @@ class Spool:
                 self.client.set_terminated(self.run_id, status, end_time)
             case _:
                 raise AssertionError(f"unknown record {record}")
+
+
+def idle(folder: Path) -> bool:
+    """Whether no process is recording the run of this folder: it ended, or died."""
+    with (folder / "spool.jsonl").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def send_waiting(work: Path) -> dict[str, bool]:
