@@ -17,13 +17,16 @@ from aliprod.recipe import Round
 class Tables:
     """The rows a round trains and validates on; `classes` has class_id, name, path, num_train, by label.
 
-    `data_digest` is that of the whole train split, the same for every round on this data.
+    The same for every round on this data: `gallery`, the whole train split balanced, and `queries`, the whole val
+    split, for the yardstick; `data_digest`, that of the whole train split.
     """
 
     train: pd.DataFrame
     val: pd.DataFrame
     classes: pd.DataFrame
     tree: taxonomy.Taxonomy | None
+    gallery: pd.DataFrame
+    queries: pd.DataFrame
     data_digest: str
 
 
@@ -32,9 +35,10 @@ def tables(row: Round, data: str | Path) -> Tables:
     whole = manifest.read(data, "train")
     derived = {"train": lambda: whole, "balanced": lambda: manifest.balance(whole, row.seed)}
     train = derived.get(row.manifest, lambda: manifest.read_csv(row.manifest))()
+    gallery = manifest.balance(whole, seed=0)
     if row.samples_per_class:
         train = manifest.select(train, *row.samples_per_class)
-    if row.samples_quantile:
+    elif row.samples_quantile:
         train = manifest.select_quantile(train, *row.samples_quantile)
     if row.select_list:
         train = manifest.select_listed(train, row.select_list, row.min_confidence)
@@ -43,11 +47,11 @@ def tables(row: Round, data: str | Path) -> Tables:
     classes = describe(manifest.class_index(train), tree)
     if len(classes) < 2:
         raise InputError(f"{data}: {row.manifest} holds {len(classes)} class; at least 2 are needed")
-    val = manifest.read(data, "val")
-    val = val[manifest.labels(val, classes) >= 0].reset_index(drop=True)
+    queries = manifest.read(data, "val")
+    val = queries[manifest.labels(queries, classes) >= 0].reset_index(drop=True)
     if val.empty:
         raise InputError(f"{data}: val.json holds no photograph of the {len(classes)} classes trained on")
-    return Tables(train, val, classes, tree, manifest.digest(whole))
+    return Tables(train, val, classes, tree, gallery, queries, manifest.digest(whole))
 
 
 def describe(classes: pd.DataFrame, tree: taxonomy.Taxonomy | None) -> pd.DataFrame:

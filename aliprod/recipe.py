@@ -1,10 +1,11 @@
-"""A recipe: rounds of training as rows of a table, read from TOML, typed, frozen and validated.
+"""A recipe: rounds of training, and of cleaning between them, as rows of a table, read from TOML, frozen and validated.
 
 A round states causes (the class range, the rate, the epochs); what follows from them (the number of
 classes, the steps) is computed where the data is known.
 """
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,23 +18,58 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Round(BaseModel):
-    """One row of the table: what is trained, from what, on what, and how."""
-
+class _Row(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    """Name of the round, unique in its recipe."""
+    """Name of the step, unique in its recipe."""
+
+
+class Cleaning(_Row):
+    """A step that drops photographs that are filed wrongly; rounds name it as their manifest."""
+
+    models: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    """Who judges: earlier rounds (round or recipe/round), runs, URIs or saved folders; the first where one does."""
+    manifest: Annotated[str, Field(pattern=r"^(train|balanced|.+\.csv)$")] = "balanced"
+    """Rows to clean: train, balanced, or the path of a table. Val is never used to clean."""
+    rule: Literal["misclassified", "disagreement", "confident"] = "misclassified"
+    """What is dropped: the seed's rule, the agreement of several models, or confident learning."""
+    min_accuracy: Share = 0.92
+    """Accuracy from which on a class is kept whole, for misclassified."""
+    votes: Count = 2
+    """Models that must agree with the label, for disagreement."""
+    folds: Annotated[int, Field(ge=0, le=20)] = 0
+    """Parts each judged by heads trained on the others (cross-fitting); 0: the models judge as they are."""
+    least: Count = 10
+    """Photographs that smaller classes are grown to, by repeating some."""
+    precision: Literal["fp32", "bf16", "fp16", "mixed"] = "fp32"
+    """Arithmetic, as of a round."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random: balancing, folds, which photographs are kept or repeated."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Cleaning":
+        if self.rule == "disagreement" and self.votes > len(self.models):
+            raise ValueError(f"votes {self.votes}: there are only {len(self.models)} models to vote")
+        if self.folds == 1:
+            raise ValueError("folds 1: one part has no others to learn from; 0, or at least 2")
+        return self
+
+
+class Round(_Row):
+    """One row of the table: what is trained, from what, on what, and how."""
+
     init: Annotated[str, Field(min_length=1)] = "imagenet"
     """Weights to start from: imagenet, random, an earlier round (round or recipe/round), a run, a URI or a file."""
-    manifest: Annotated[str, Field(pattern=r"^(train|balanced|.+\.csv)$")] = "train"
-    """Rows to train on: train, balanced, or the path of a table written by another entry point."""
+    manifest: Annotated[str, Field(pattern=r"^(.+\.csv|[\w./-]+)$")] = "train"
+    """Rows to train on: train, balanced, a [[clean]] step (its name or recipe/name), or the path of a .csv table."""
     samples_per_class: Annotated[tuple[Count, Count] | None, Field(strict=False)] = None
     """Classes to train on, by their photographs in the manifest: [least, most], inclusive; absent: all."""
     samples_quantile: Annotated[tuple[Share, Share] | None, Field(strict=False)] = None
-    """The same by quantiles of the classes' photographs: [0.5, 1] is the more frequent half; absent: all."""
+    """The same by quantiles of the classes' photographs: [0.5, 1] is the more frequent half; absent: all.
+    Beside samples_per_class it is what that range becomes where the recipe is scaled to other data."""
     select_list: Annotated[str, Field(pattern=r"\.csv$")] | None = None
     """A CSV of class_id and confidence, as evaluate writes it, to choose stable classes by; absent: all."""
     min_confidence: Share = 0.0
@@ -53,8 +89,8 @@ class Round(BaseModel):
     """What the rarest class has over that margin, in radians; 0: the same for all."""
     easy_margin: bool = False
     """Whether the margin is left out where the angle is over a right one."""
-    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    """Criterion; each sample's own, averaged."""
+    loss: Literal["cross_entropy", "focal", "triplet"] = "cross_entropy"
+    """Criterion; each sample's own, averaged. triplet trains the embeddings alone, the head follows their means."""
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
     """Power by which focal loss plays down what is known already; 0: cross-entropy."""
     logit_adjustment: Annotated[float, Field(ge=0, le=5)] = 0.0
@@ -113,6 +149,8 @@ class Round(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> "Round":
+        if self.manifest in ("val", "test"):
+            raise ValueError(f"manifest {self.manifest!r}: is for scoring; train, balanced, a [[clean]] step or a .csv")
         for name in ("samples_per_class", "samples_quantile"):
             if (pair := getattr(self, name)) and pair[0] > pair[1]:
                 raise ValueError(f"{name} {list(pair)}: least must not exceed most")
@@ -120,11 +158,16 @@ class Round(BaseModel):
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must not exceed epochs {self.epochs}")
         if self.triplet_weight and self.freeze == "all":
             raise ValueError(f"triplet_weight {self.triplet_weight} needs a backbone to train, but freeze is 'all'")
+        if self.loss == "triplet" and (self.head != "cosine" or self.freeze == "all"):
+            raise ValueError(
+                f"loss 'triplet' needs head 'cosine', which is {self.head!r}, and a backbone to train, "
+                f"but freeze is {self.freeze!r}"
+            )
         return self
 
 
 class Recipe(BaseModel):
-    """Rounds in the order they run, each named once."""
+    """Rounds in the order they run, and cleanings, which run when a round first asks for them; each named once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -132,12 +175,14 @@ class Recipe(BaseModel):
     """Name of the recipe; absent: the file's."""
     rounds: Annotated[tuple[Round, ...], Field(alias="round", min_length=1)]
     """One [[round]] table a round."""
+    cleanings: Annotated[tuple[Cleaning, ...], Field(alias="clean")] = ()
+    """One [[clean]] table a cleaning."""
 
     @model_validator(mode="after")
     def _unique(self) -> "Recipe":
-        names = [row.name for row in self.rounds]
+        names = [row.name for row in (*self.rounds, *self.cleanings)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"round names must differ: {', '.join(twice)} stands more than once")
+            raise ValueError(f"names must differ: {', '.join(twice)} stands more than once")
         return self
 
     def row(self, name: str) -> Round:
@@ -158,6 +203,11 @@ def read(path: str | Path) -> Recipe:
     return _validated(Recipe, {"name": path.stem, **table}, str(path))
 
 
+def cleaning(**fields: Any) -> Cleaning:
+    """A cleaning of these fields. InputError names the field and value."""
+    return _validated(Cleaning, fields, "clean")
+
+
 def override(row: Round, overrides: str) -> Round:
     """A round with fields replaced, written as "lr=3e-4 epochs=2"; values as in TOML, plain words allowed."""
     changes: dict[str, Any] = {}
@@ -170,6 +220,29 @@ def override(row: Round, overrides: str) -> Round:
         except tomllib.TOMLDecodeError:
             changes[field] = text
     return _validated(Round, row.model_dump() | changes, "overrides")
+
+
+def scaled(row: Round, scale: float) -> Round:
+    """A round of the competition's size for data of another: 2.5 million photographs are scale 1.
+
+    The class range becomes its quantiles, and the batch `scale` as large, but for 16 photographs. Epochs that train the
+    backbone become `scale` as many, at least 1; those of a frozen one, which read embeddings and cost next to nothing,
+    1 / scale as many, to make up for small data's few steps; the schedule's steps go with them.
+    """
+    if not 0 < scale <= 1:
+        raise InputError(f"scale {scale:g}: must be in (0, 1]")
+    if scale == 1:
+        return row
+    factor = 1 / scale if row.freeze == "all" else scale
+    changes: dict[str, Any] = {
+        "batch_size": max(min(16, row.batch_size), round(row.batch_size * scale)),
+        "epochs": math.ceil(row.epochs * factor),
+        "lr_step": math.ceil(row.lr_step * factor),
+        "warmup_epochs": row.warmup_epochs * factor,
+    }
+    if row.samples_quantile:
+        changes["samples_per_class"] = None
+    return row.model_copy(update=changes)
 
 
 def to_toml(row: Round) -> str:
@@ -195,8 +268,9 @@ def _explained(errors: list[Any], model: type[BaseModel]) -> str:
     """One line on the first wrong field: round, field, value, what is allowed and what the field is."""
     first, place = errors[0], errors[0]["loc"]
     number = ""
-    if model is Recipe and place[0:1] == ("round",) and len(place) > 1:
-        model, number, place = Round, f"round {place[1] + 1}", place[2:]
+    if model is Recipe and place[0:1] in (("round",), ("clean",)) and len(place) > 1:
+        model = Round if place[0] == "round" else Cleaning
+        number, place = f"{place[0]} {place[1] + 1}", place[2:]
     known = {field.alias or name: field.description or "" for name, field in model.model_fields.items()}
     field = str(place[0]) if place else ""
     value = "" if not field or isinstance(first["input"], dict) else f" {first['input']!r}"

@@ -87,7 +87,7 @@ def test_what_to_toml_writes_reads_back_equal(fields, tmp_path):
         ('freeze = "some"', "freeze 'some': must be 'none' or 'all', or must be a valid integer (What stays"),
         ("freeze = 0", "freeze 0: must be 'none' or 'all', or must be greater than or equal to 1"),
         ('init = ""', "init '': "),
-        ('manifest = "val"', "train, balanced, or the path of a table"),
+        ('manifest = "val"', "manifest 'val': is for scoring; train, balanced"),
         ("samples_per_class = [5, 2]", "samples_per_class [5, 2]: least must not exceed most"),
         ("samples_per_class = [5]", "samples_per_class [5]: "),
         ("samples_per_class = [1, 2, 3]", "samples_per_class [1, 2, 3]: "),
@@ -112,7 +112,7 @@ def test_impossible_values_are_refused_with_field_value_and_what_is_allowed(refu
         ('[round]\nname = "a"', "round: "),
         ("[[round]]\nlr = 1e-3", "round 1: name: Field required"),
         ('[[round]]\nname = "a b"', "round 1: name 'a b': "),
-        (ROUND + ROUND, "round names must differ: a stands more than once"),
+        (ROUND + ROUND, "names must differ: a stands more than once"),
         (ROUND + '[[round]]\nname = "b"\nlr = 0', "round 2: lr 0: must be greater than 0"),
         (ROUND + "[extra]\nx = 1", "extra: no such field; there are name, round"),
         ("[[round]\nname", "not TOML: "),
@@ -181,3 +181,35 @@ def test_a_round_is_frozen():
 
 def test_every_field_says_what_it_is():
     assert all(field.description for field in Round.model_fields.values())
+
+
+CLEAN = '[[clean]]\nname = "reliable"\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "clean 1: models: Field required"),
+        ("models = []", "clean 1: models []: "),
+        (
+            'models = ["a"]\nrule = "guess"',
+            "clean 1: rule 'guess': must be 'misclassified', 'disagreement' or 'confident'",
+        ),
+        ('models = ["a"]\nrule = "disagreement"', "clean 1: votes 2: there are only 1 models to vote"),
+        ('models = ["a"]\nfolds = 1', "clean 1: folds 1: one part has no others to learn from"),
+        ('models = ["a"]\nmanifest = "val"', "clean 1: manifest 'val': "),
+        ('models = ["a"]\nname = "a"', "not TOML: "),
+    ],
+)
+def test_impossible_cleanings_are_refused(refusal, lines, words):
+    assert refusal(f"{ROUND}{CLEAN}{lines}\n").startswith(words)
+
+
+def test_a_cleaning_may_not_share_a_rounds_name(refusal):
+    assert refusal(ROUND + '[[clean]]\nname = "a"\nmodels = ["a"]\n').startswith("names must differ: a stands")
+
+
+def test_a_triplet_round_needs_a_cosine_head_and_something_to_train():
+    for fields in ({"head": "linear"}, {"head": "cosine", "freeze": "all"}):
+        with pytest.raises(ValidationError, match="loss 'triplet' needs head 'cosine'"):
+            Round(name="a", loss="triplet", **fields)

@@ -80,7 +80,7 @@ def fetch(name: str) -> Path:
 
 
 def _uri(name: str) -> str:
-    run_id = newest({}) if name == "newest" else None
+    run_id = newest({}, of_model=True) if name == "newest" else None
     if named := re.fullmatch(rf"(?:runs:/)?([0-9a-f]{{32}})(?:/{NAME})?", name):
         run_id = named[1]
     if run_id:  # by the model's own id: the path below the run need not hold any file
@@ -93,8 +93,8 @@ def _uri(name: str) -> str:
     return name
 
 
-def newest(tags: dict[str, Any]) -> str | None:
-    """Run id of the newest finished run, of any experiment, that carries these tags and a model."""
+def newest(tags: dict[str, Any], of_model: bool = False) -> str | None:
+    """Run id of the newest finished run, of any experiment, that carries these tags and, if asked, a model."""
     wanted = ["attributes.status = 'FINISHED'"] + [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
     runs = mlflow.search_runs(
         search_all_experiments=True,
@@ -102,4 +102,5 @@ def newest(tags: dict[str, Any]) -> str | None:
         order_by=["attributes.start_time DESC"],
         output_format="list",
     )
-    return next((run.info.run_id for run in runs if run.outputs and run.outputs.model_outputs), None)
+    fit = (run for run in runs if not of_model or (run.outputs and run.outputs.model_outputs))
+    return next((run.info.run_id for run in fit), None)

@@ -3,32 +3,37 @@
 import dataclasses
 import json
 import os
-import re
 import shutil
 import time
 from pathlib import Path
 
 import pandas as pd
 
-from aliprod import InputError, assembly, interruption, manifest, recipe, report, training
+from aliprod import InputError, assembly, interruption, manifest, recipe, report, training, yardstick
+from aliprod.atomic import replacing
 from aliprod.features import Features
 from aliprod.images import CorruptImages, Images
 from aliprod.recipe import Round
-from tracking import models
+from tracking import models, steps
 from tracking.runs import Run, close_abandoned
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a run was asked to do; kept in its folder, so that its id is enough to resume it."""
+    """What a run was asked to do; kept in its folder, so that its id is enough to resume it.
+
+    `done` has the runs of earlier steps, recipe/step -> run id; others are looked for in the store.
+    """
 
     recipe: str
     row: Round
     data: str
+    done: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Writes job.json."""
-        (folder / "job.json").write_text(json.dumps(dataclasses.asdict(self) | {"row": self.row.model_dump()}))
+        with replacing(folder / "job.json") as path:
+            path.write_text(json.dumps(dataclasses.asdict(self) | {"row": self.row.model_dump()}))
 
     @staticmethod
     def load(run_id: str, work: Path) -> "Job":
@@ -50,7 +55,8 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     earlier = work / "runs" / resume / "checkpoints"
     if resume and earlier.exists():
         shutil.copytree(earlier, checkpoints, copy_function=os.link)
-    tables = assembly.tables(row, job.data)
+    path = steps.table(row.manifest, job.recipe, Path(job.data), job.done)
+    tables = assembly.tables(row.model_copy(update={"manifest": path}), job.data)
     digest = tables.data_digest
     run.tags({"recipe": job.recipe, "round": row.name, "data": digest} | ({"resumed_from": resume} if resume else {}))
     if resume:
@@ -87,6 +93,9 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
     made.save(folder, tables.classes, tables.tree, about)
     evaluation = report.evaluate(made, tables.classes, tables.val, job.data, work / "features", precision=row.precision)
+    nearest = yardstick.answers(made, tables.gallery, tables.queries, job.data, work / "features", row.precision)
+    evaluation.scores.update(yardstick.scores(nearest))
+    run.table(nearest, "yardstick.parquet")
     example = manifest.paths(evaluation.predictions.head(1), job.data)[0]
     log_evaluation(run, evaluation, step=row.epochs)
     run.model(folder, example, step=row.epochs)
@@ -131,19 +140,14 @@ def summary(run: Run, evaluation: report.Evaluation) -> str:
 
 
 def _init(job: Job, digest: str) -> str:
-    """What load_backbone reads: a word or path as it is; a run, a URI or an earlier round fetched to a folder."""
-    init = job.row.init
-    if init in ("imagenet", "random") or Path(init).exists():
+    """What load_backbone reads: a word or path as it is; a step, a run or a URI fetched to a folder."""
+    init = steps.resolve(job.row.init, job.recipe, digest, job.done)
+    if init in steps.WORDS or Path(init).exists():
         return init
-    recipe_name, _, round_name = init.rpartition("/")  # of another recipe: baseline/2
-    tags = {"aliprod.recipe": recipe_name or job.recipe, "aliprod.round": round_name, "aliprod.data": digest}
-    earlier = models.newest(tags) if re.fullmatch(r"[\w./-]+", init) else None
     try:
-        return str(models.fetch(earlier or init))
+        return str(models.fetch(init))
     except InputError as error:
-        raise InputError(
-            f"init {init!r}: no finished round of recipe {recipe_name or job.recipe} on this data; {error}"
-        ) from None
+        raise InputError(f"init {init!r}: no finished round of recipe {job.recipe} on this data; {error}") from None
 
 
 def _log_report(run: Run, made: training.Report, row: Round, seconds: float) -> None:

@@ -103,8 +103,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def start(name: str, work: Path, tags: dict[str, Any] | None = None) -> Iterator[Run]:
-    """A run, made or taken over from `mlflow run`, that is closed whatever happens within.
+def start(name: str, work: Path, tags: dict[str, Any] | None = None, parent: Run | None = None) -> Iterator[Run]:
+    """A run, within `parent`, or else made or taken over from `mlflow run`, that is closed whatever happens within.
 
     FINISHED, or FAILED with the reason in a tag, or KILLED by an interruption. What earlier runs in `work` could
     not send is sent first. InputError if the tracking server does not answer.
@@ -116,7 +116,8 @@ def start(name: str, work: Path, tags: dict[str, Any] | None = None) -> Iterator
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     client = MlflowClient()
     try:
-        run_id = os.environ.get("MLFLOW_RUN_ID") or _create(client).info.run_id
+        given = None if parent else os.environ.get("MLFLOW_RUN_ID")
+        run_id = given or _create(client, parent).info.run_id
         client.update_run(run_id, name=name)
         experiment = client.get_run(run_id).info.experiment_id
         client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")  # opens at the runs
@@ -144,11 +145,14 @@ def start(name: str, work: Path, tags: dict[str, Any] | None = None) -> Iterator
 
 
 def close_abandoned(run_id: str) -> None:
-    """Marks a run as KILLED that a dead process left RUNNING; one that ended is left as it is."""
+    """Marks a run, and the one it is nested in, as KILLED if a dead process left it RUNNING."""
     with contextlib.suppress(MlflowException):
         client = MlflowClient()
-        if client.get_run(run_id).info.status == "RUNNING":
+        run = client.get_run(run_id)
+        if run.info.status == "RUNNING":
             client.set_terminated(run_id, "KILLED")
+        if parent := run.data.tags.get("mlflow.parentRunId"):
+            close_abandoned(parent)
 
 
 def git_state() -> str:
@@ -178,7 +182,10 @@ class _SystemMetrics(SystemMetricsMonitor):
         self._process.join()
 
 
-def _create(client: MlflowClient) -> Any:
+def _create(client: MlflowClient, parent: Run | None) -> Any:
+    if parent:
+        experiment_id = client.get_run(parent.id).info.experiment_id
+        return client.create_run(experiment_id, tags={"mlflow.parentRunId": parent.id})
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     experiment = client.get_experiment_by_name(name)
     return client.create_run(experiment.experiment_id if experiment else client.create_experiment(name))

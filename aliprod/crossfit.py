@@ -1,0 +1,97 @@
+"""Cross-fitting: every photograph judged by a head that never saw its label.
+
+A model that has memorised a wrong label confirms it, and cleaning by that model finds nothing. Here the photographs
+are split into parts, and each part is answered by a fresh head, trained on the embeddings of the others.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from aliprod import InputError, features, heads, manifest, training
+from aliprod.features import Features
+from aliprod.images import Images
+from aliprod.model import Recogniser, Saved
+from aliprod.prediction import predict
+from aliprod.progress import progress
+from aliprod.recipe import Round
+
+# What every head is trained by, whatever trained the model; its kind, loss, margins and seed are the model's own.
+SCHEDULE = {
+    "init": "random", "freeze": "all", "augment": "none", "images_per_class": 1, "triplet_weight": 0.0,
+    "label_smoothing": 0.2, "optimizer": "adamw", "weight_decay": 0.9, "ema_decay": 0.0, "compile": False,
+    "epochs": 20, "batch_size": 128, "lr": 1e-2, "schedule": "cosine", "warmup_epochs": 0.0,
+}  # fmt: skip
+
+
+def answers(
+    saved: Saved,
+    table: pd.DataFrame,
+    classes: pd.DataFrame,
+    data: str | Path,
+    cache: str | Path,
+    precision: str,
+    folds: int,
+    seed: int,
+) -> pd.DataFrame:
+    """What `prediction.predict_table` gives, by heads of the model's kind on its backbone, none of which was trained
+    on the photograph it answers for. Labels and answers are rows of `classes`, the model's own are of no account."""
+    images = Images(manifest.paths(table, data), manifest.labels(table, classes), saved.model.preprocessing)
+    source = features.compute(saved.model, images, cache, precision)
+    row = head_round(saved, precision)
+    return out_of_fold(saved.model, row, source, len(classes), parts(table, folds, seed))
+
+
+def head_round(saved: Saved, precision: str) -> Round:
+    """The round that trains a head like the model's own on its frozen backbone."""
+    fields = saved.config["round"] | SCHEDULE | {"precision": precision}
+    return Round(**fields | ({"loss": "cross_entropy"} if fields["loss"] == "triplet" else {}))
+
+
+def parts(table: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
+    """The part (N,) in [0, folds) of every row, by chance.
+
+    Equal rows share a part. Counting each photograph once, the parts of every class and of the whole are equal within
+    one. InputError if there are fewer photographs than parts.
+    """
+    codes, photographs = pd.factorize(pd.MultiIndex.from_frame(table[manifest.COLUMNS]))
+    if len(photographs) < folds:
+        raise InputError(f"folds {folds}: there are only {len(photographs)} photographs")
+    order = np.lexsort((np.random.default_rng(seed).random(len(photographs)), photographs.codes[1]))
+    dealt = np.empty(len(photographs), dtype=np.int64)
+    dealt[order] = np.arange(len(photographs)) % folds  # class after class, each in random order
+    return dealt[codes]
+
+
+def out_of_fold(model: Recogniser, row: Round, source: Features, num_classes: int, parts: np.ndarray) -> pd.DataFrame:
+    """The answers of `predict` for every row of `source`, those of each part by a head trained on the others."""
+    tables = []
+    for part in progress(np.unique(parts[source.rows]), desc="cross-fitting", unit="part"):
+        inside = parts[source.rows] == part
+        head, others, own = _Head(model, num_classes, row.seed), copy.copy(source), copy.copy(source)
+        others.rows, own.rows = source.rows[~inside], source.rows[inside]
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in training.train(head, row, others, None, folder):
+                pass
+        tables.append(predict(head, own, row.precision))
+    return pd.concat(tables).sort_index()
+
+
+class _Head(Recogniser):
+    """A fresh head of a model's kind without its backbone, so that checkpoints are small and nothing else can learn."""
+
+    def __init__(self, model: Recogniser, num_classes: int, seed: int):
+        nn.Module.__init__(self)
+        torch.manual_seed(seed)
+        self.backbone, self.width, self.num_classes = nn.Identity(), model.width, num_classes
+        self.head = heads.head(width=model.width, num_classes=num_classes, **model.head_options)
+        self.register_buffer("_mean", model._mean, persistent=False)
+        self.to(model.device)
+
+    def freeze(self, what: str | int) -> None:
+        """There is nothing to freeze."""

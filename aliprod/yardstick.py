@@ -1,0 +1,81 @@
+"""One measure for every round: how well its embeddings alone, without its head, tell all classes apart.
+
+GAP and MAP of rounds over different classes cannot be compared; this can, on the same photographs. Embeddings are
+normalised, so the nearest is that of the highest cosine.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import normalize
+
+from aliprod import features, manifest, metrics
+from aliprod.images import Images
+from aliprod.model import Recogniser
+
+CHUNK = 16384  # embeddings of the gallery at a time
+
+
+@torch.inference_mode()
+def answers(
+    model: Recogniser, gallery: pd.DataFrame, queries: pd.DataFrame, data: str | Path, cache: str | Path, precision: str
+) -> pd.DataFrame:
+    """What class each photograph of `queries` is nearest to: its key, label, ncm and nn; those it can read.
+
+    ncm is the class of `gallery` with the nearest mean, nn that of the nearest single photograph; both, like label, are
+    rows of gallery's class index. Queries of classes that the gallery lacks are left out. Memory is one chunk of the
+    gallery, the queries and one embedding a class.
+    """
+    classes = manifest.class_index(gallery)
+    known = queries[manifest.labels(queries, classes) >= 0].reset_index(drop=True)
+    stored, asked = (
+        features.compute(
+            model,
+            Images(manifest.paths(table, data), manifest.labels(table, classes), model.preprocessing),
+            cache,
+            precision,
+        )
+        for table in (gallery, known)
+    )
+    assert stored.labels is not None
+    wanted = _normalised(asked, asked.rows, model)  # (Q, D)
+    means = torch.zeros(len(classes), model.width, device=model.device)  # (C, D)
+    best = torch.full((len(wanted),), -2.0, device=model.device)  # cosine of the nearest so far
+    nearest = torch.zeros(len(wanted), dtype=torch.int64, device=model.device)  # its label
+    for start in range(0, len(stored.rows), CHUNK):
+        rows = stored.rows[start : start + CHUNK]
+        chunk = _normalised(stored, rows, model)
+        labels = torch.from_numpy(stored.labels[rows]).to(model.device)
+        means.index_add_(0, labels, chunk)
+        for at in range(0, len(wanted), CHUNK):
+            here = slice(at, at + CHUNK)
+            cosine, place = (wanted[here] @ chunk.T).max(dim=1)
+            closer = cosine > best[here]
+            best[here] = torch.where(closer, cosine, best[here])
+            nearest[here] = torch.where(closer, labels[place], nearest[here])
+    means = normalize(means)
+    ncm = [(wanted[at : at + 1024] @ means.T).argmax(dim=1) for at in range(0, len(wanted), 1024)]
+    table = known.iloc[asked.rows].reset_index(drop=True)
+    table["label"] = asked.labels[asked.rows]  # type: ignore[index]
+    table["ncm"] = torch.cat(ncm).cpu().numpy()
+    table["nn"] = nearest.cpu().numpy()
+    return table
+
+
+def scores(table: pd.DataFrame) -> dict[str, float]:
+    """Accuracy and MAP by the nearest class mean and by the nearest neighbour, each in [0, 1]."""
+    labels = table["label"].to_numpy()
+    return {
+        f"{kind}_{name}": score
+        for kind in ("ncm", "nn")
+        for name, score in {
+            "accuracy": float(np.mean(labels == table[kind].to_numpy())),
+            "map": metrics.mean_class_accuracy(labels, table[kind].to_numpy()),
+        }.items()
+    }
+
+
+def _normalised(source: features.Features, rows: np.ndarray, model: Recogniser) -> torch.Tensor:
+    return normalize(torch.from_numpy(source.store.take(source.codes[rows])).to(model.device))

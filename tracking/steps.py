@@ -1,0 +1,103 @@
+"""Steps of a recipe in the store: which run an earlier step is, what it left, and what its result depends on."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+import aliprod
+from aliprod import InputError, manifest
+from aliprod.recipe import Cleaning, Round
+from tracking import models, spool
+
+WORDS = ("imagenet", "random", "train", "balanced", "newest")
+
+
+def resolve(name: str, recipe: str, data: str, done: dict[str, str]) -> str:
+    """What `name`, an init, manifest or model in a row of `recipe`, stands for: a run's id, or `name` itself.
+
+    A step, `step` or `recipe/step`, is the run in `done` (recipe/step -> run id), else the newest finished one of that
+    name on the data of digest `data`.
+    """
+    if not is_step(name):
+        return name
+    of, _, step = name.rpartition("/")
+    of = of or recipe
+    tags = {"aliprod.recipe": of, "aliprod.round": step, "aliprod.data": data}
+    return done.get(f"{of}/{step}") or models.newest(tags) or name
+
+
+def is_step(name: str) -> bool:
+    """Whether `name` can only be a step's: it is no word, no file, no run's id and no URI."""
+    known = name in WORDS or re.fullmatch("[0-9a-f]{32}", name) or Path(name).exists()
+    return not known and re.fullmatch(r"[\w./-]+", name) is not None
+
+
+def table(name: str, recipe: str, data: Path, done: dict[str, str]) -> str:
+    """The manifest that a round's `manifest` names, as manifest.read takes it: a [[clean]] step's is fetched."""
+    if name in WORDS or name.endswith(".csv"):
+        return name
+    run_id = resolve(name, recipe, manifest.digest(manifest.read(data, "train")), done)
+    try:
+        path = f"{name.rpartition('/')[2]}.csv"
+        return mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path)
+    except (MlflowException, OSError):
+        raise InputError(f"manifest {name!r}: no finished [[clean]] step of this name on this data") from None
+
+
+def data_key(data: Path) -> str:
+    """Digest of what every step on a data folder depends on: the splits, the tree, and this library's code."""
+    tables = [manifest.digest(manifest.read(data, split)) for split in ("train", "val")]
+    code = sorted(Path(aliprod.__file__).parent.glob("*.py"))
+    return _digest(tables + [_file_digest(path) for path in (*code, data / "product_tree.json") if path.exists()])
+
+
+def key(step: Round | Cleaning, data: str, sources: list[str]) -> str:
+    """Digest of all that a step's result depends on: its row, `data_key`, and what the names in it resolve to."""
+    row = step.model_dump(mode="json", exclude={"name", "reported", "init", "manifest", "models"})
+    listed = [_file_digest(Path(row["select_list"]))] if row.get("select_list") else []
+    return _digest([row, data, [_identity(source) for source in sources], *listed])
+
+
+def finished(key: str) -> str | None:
+    """Id of the newest finished run of the step with this key."""
+    return next((run.info.run_id for run in _runs(key) if run.info.status == "FINISHED"), None)
+
+
+def unfinished(key: str, work: Path) -> str:
+    """Id of the newest run of the step with this key that left a checkpoint in `work` and is not alive; "" if none."""
+    folders = [work / "runs" / run.info.run_id for run in _runs(key) if run.info.status != "FINISHED"]
+    left = (folder.name for folder in folders if list(folder.glob("checkpoints/step-*")) and spool.idle(folder))
+    return next(left, "")
+
+
+def _runs(key: str) -> list[Any]:
+    return mlflow.search_runs(
+        search_all_experiments=True,
+        filter_string=f"tags.`aliprod.key` = '{key}'",
+        order_by=["attributes.start_time DESC"],
+        output_format="list",
+    )
+
+
+def _identity(source: str) -> str:
+    if source in WORDS:
+        return source
+    if re.fullmatch("[0-9a-f]{32}", source):
+        return MlflowClient().get_run(source).data.tags.get("aliprod.key", source)
+    path = Path(source) if Path(source).is_file() else models.fetch(source) / "model.safetensors"
+    return _file_digest(path)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
