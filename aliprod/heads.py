@@ -26,6 +26,16 @@ class Cosine(nn.Module):
             cosines = cosines.unflatten(1, (-1, self.centers)).amax(dim=2)
         return self.scale * cosines
 
+    @torch.no_grad()
+    def follow(self, embeddings: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> None:
+        """Moves centers to the running means of their classes' normalised embeddings (B, D), in place of learning.
+
+        Each of a class's counts (C,) photographs an epoch moves its center by 1 / count of the way, so the mean is over
+        about the last epoch, however rare the class. From a center of 0 the first batch gives the direction.
+        """
+        ways = normalize(embeddings.float()) - self.weight[labels]  # (B, D)
+        self.weight.index_add_(0, labels, ways / counts[labels, None])
+
 
 def head(kind: str, width: int, num_classes: int, scale: float = 30.0, centers: int = 3) -> nn.Module:
     """The head called "linear", "cosine", "arcface" or "subcenter_arcface"; only the last has `centers`."""

@@ -7,7 +7,7 @@ from aliprod.recipe import Round
 
 
 class Criterion:
-    """The round's loss of a batch: logits (B, C), labels (B,), embeddings (B, D) -> loss (), in nats.
+    """The round's loss of a batch: logits (B, C), labels (B,), embeddings (B, D) -> loss (), in nats but for triplets.
 
     counts (C,) are the classes' photographs in the manifest, for what depends on a class's frequency.
     """
@@ -19,6 +19,8 @@ class Criterion:
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         row, logits = self.row, logits.float()
+        if row.loss == "triplet":
+            return batch_hard_triplet(embeddings.float(), labels, row.triplet_margin)
         if self.margins is not None:
             logits = with_margin(logits, labels, self.margins[labels], row.scale, row.easy_margin)
         if self.prior is not None:  # Menon et al., ICLR 2021; with a factor of 1 balanced softmax

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aliprod import InputError, metrics, optim
 from aliprod.features import Features
+from aliprod.heads import Cosine
 from aliprod.images import Images
 from aliprod.losses import Criterion
 from aliprod.model import Recogniser, autocast, half
@@ -147,7 +148,13 @@ class _Learner:
         self.embed = source.embed
         assert source.labels is not None
         counts = np.bincount(source.labels[source.rows], minlength=model.num_classes).clip(1)
-        self.criterion = Criterion(row, torch.from_numpy(counts).to(model.device))
+        self.counts = torch.from_numpy(counts).to(model.device)  # (C,)
+        self.criterion = Criterion(row, self.counts)
+        self.follower: Cosine | None = None  # the head, where it follows the embeddings instead of learning
+        if row.loss == "triplet":
+            assert isinstance(model.head, Cosine), "the recipe refuses others"
+            self.follower = model.head
+            torch.nn.init.zeros_(self.follower.weight)
         self.optimizer = optim.optimizer(model, row)
         scaled = half(model.device, row.precision) is torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=scaled)
@@ -163,12 +170,15 @@ class _Learner:
         optim.set_rate(self.optimizer, lr)
         with autocast(self.model.device, self.row.precision):
             embeddings = self.embed(self.model, inputs)
-            logits = self.model.head(embeddings)
+            with torch.set_grad_enabled(self.follower is None):
+                logits = self.model.head(embeddings)
         loss = self.criterion(logits, labels, embeddings)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.follower:
+            self.follower.follow(embeddings, labels, self.counts)
         if self.row.ema_decay:
             self.parts["average"].update_parameters(self.model)
         return logits.detach(), loss.detach()
