@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from aliprod import InputError
-from benchmarks import finetune, frozen, images, manifest, metrics
+from benchmarks import cleaning, finetune, frozen, images, manifest, metrics, rounds
 from entrypoints.command import data_folder
 
 BENCHMARKS = {
@@ -13,8 +13,10 @@ BENCHMARKS = {
     "finetune": finetune.measure,
     "frozen": frozen.measure,
     "metrics": metrics.measure,
+    "rounds": rounds.measure,
+    "cleaning": cleaning.measure,
 }
-WITHOUT_DATA = ("manifest", "metrics")  # they make up their own tables
+WITHOUT_DATA = ("manifest", "metrics", "cleaning")  # they make up their own tables
 
 
 def main() -> None:
