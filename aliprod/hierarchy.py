@@ -29,9 +29,9 @@ class PathSum(nn.Module):
         """own (C * K, D) -> weights (C * K, D)."""
         total = self.nodes[0]
         for number, nodes in enumerate(list(self.nodes)[1:]):
-            total = nodes + total[self.get_buffer(f"parents_{number}")]
-        above = total[self.get_buffer(f"parents_{len(self.nodes) - 1}")]  # (C, D)
-        return own + above.repeat_interleave(self.centers, dim=0)
+            total = nodes + total.index_select(0, self.get_buffer(f"parents_{number}"))
+        above = total.index_select(0, self.get_buffer(f"parents_{len(self.nodes) - 1}"))  # (C, D)
+        return own + (above.repeat_interleave(self.centers, dim=0) if self.centers > 1 else above)
 
 
 class Tree:

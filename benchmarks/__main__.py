@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from aliprod import InputError
-from benchmarks import finetune, frozen, images, manifest, metrics
+from benchmarks import finetune, frozen, hierarchy, images, manifest, metrics
 from entrypoints.command import data_folder
 
 BENCHMARKS = {
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "images": images.measure,
     "finetune": finetune.measure,
     "frozen": frozen.measure,
+    "hierarchy": hierarchy.measure,
     "metrics": metrics.measure,
 }
 WITHOUT_DATA = ("manifest", "metrics")  # they make up their own tables
