@@ -11,6 +11,7 @@ from aliprod.features import Features
 from aliprod.images import Images
 from aliprod.model import Recogniser, load_backbone
 from aliprod.recipe import Round
+from aliprod.taxonomy import Levels
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Tables:
     gallery: pd.DataFrame
     queries: pd.DataFrame
     data_digest: str
+
+    @property
+    def levels(self) -> Levels | None:
+        """Where the classes stand in the product tree, if there is one."""
+        return self.tree.levels(self.classes["class_id"]) if self.tree else None
 
 
 def tables(row: Round, data: str | Path) -> Tables:
@@ -65,11 +71,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def model(row: Round, num_classes: int, init: str) -> Recogniser:
-    """A fresh head on the backbone that `init` gives (as of load_backbone), on the device."""
+def model(row: Round, num_classes: int, init: str, levels: Levels | None = None) -> Recogniser:
+    """A fresh head on the backbone that `init` gives (as of load_backbone), on the device; `levels` as of Tables."""
+    if not levels and (row.hierarchy != "none" or row.level_weights or row.tree_smoothing):
+        raise InputError(f"round {row.name}: hierarchy, level_weights and tree_smoothing need product_tree.json")
     torch.manual_seed(row.seed)
     head = {"kind": row.head, "scale": row.scale, "centers": row.centers}
-    made = Recogniser(row.backbone, num_classes, row.image_size, head=head)
+    weighted = [level for level in map(int, row.level_weights or {}) if levels and level < len(levels.sizes)]
+    hierarchy = {"kind": row.hierarchy, "levels": weighted, "stage": row.branch_stage}
+    made = Recogniser(row.backbone, num_classes, row.image_size, head=head, hierarchy=hierarchy, levels=levels)
     load_backbone(made, init)
     return made.to(device())
 

@@ -25,6 +25,7 @@ from aliprod.recipe import Round
 SCHEDULE = {
     "init": "random", "freeze": "all", "augment": "none", "images_per_class": 1, "triplet_weight": 0.0,
     "label_smoothing": 0.2, "optimizer": "adamw", "weight_decay": 0.9, "ema_decay": 0.0, "compile": False,
+    "hierarchy": "none", "branch_stage": None, "level_weights": None, "tree_smoothing": 0.0,
     "epochs": 20, "batch_size": 128, "lr": 1e-2, "schedule": "cosine", "warmup_epochs": 0.0,
 }  # fmt: skip
 

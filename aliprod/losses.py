@@ -1,23 +1,40 @@
 """Criteria: what a round minimises, and what is done to logits and in batches for its sake only."""
 
 import torch
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, log_softmax, normalize
 
+from aliprod import InputError
+from aliprod.hierarchy import Tree
 from aliprod.recipe import Round
 
 
 class Criterion:
     """The round's loss of a batch: logits (B, C), labels (B,), embeddings (B, D) -> loss (), in nats but for triplets.
 
-    counts (C,) are the classes' photographs in the manifest, for what depends on a class's frequency.
+    counts (C,) are the classes' photographs in the manifest, for what depends on a class's frequency; tree is needed
+    for `level_weights` and `tree_smoothing`.
     """
 
-    def __init__(self, row: Round, counts: torch.Tensor):
+    def __init__(self, row: Round, counts: torch.Tensor, tree: Tree | None = None):
         self.row = row
+        self.tree = tree
         self.prior = row.logit_adjustment * (counts / counts.sum()).log() if row.logit_adjustment else None  # (C,)
         self.margins = margins(row, counts) if row.head in ("arcface", "subcenter_arcface") else None  # (C,)
+        depth = len(tree.sizes) if tree else 0
+        given = {int(level): weight for level, weight in (row.level_weights or {}).items()}
+        if unknown := [level for level in given if level > depth]:
+            raise InputError(f"level_weights {unknown[0]}: the product tree has {depth} levels")
+        self.own_weight = given.pop(depth, 1.0)
+        self.level_weights = given
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        embeddings: torch.Tensor,
+        branches: dict[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """`branches` are the logits (B, n) of levels that have a classifier of their own."""
         row, logits = self.row, logits.float()
         if row.loss == "triplet":
             return batch_hard_triplet(embeddings.float(), labels, row.triplet_margin)
@@ -25,13 +42,45 @@ class Criterion:
             logits = with_margin(logits, labels, self.margins[labels], row.scale, row.easy_margin)
         if self.prior is not None:  # Menon et al., ICLR 2021; with a factor of 1 balanced softmax
             logits = logits + self.prior
-        losses = cross_entropy(logits, labels, reduction="none", label_smoothing=row.label_smoothing)  # (B,)
-        if row.loss == "focal":
-            losses = focal_weights(logits, labels, row.focal_gamma) * losses
-        loss = losses.mean()
+        loss = self.own_weight * self._classification(logits, labels)
+        if self.tree and self.level_weights:
+            levels = branches or self._sums(logits)
+            for level, weight in self.level_weights.items():
+                nodes = self.tree.ancestors[level - 1][labels]
+                loss = loss + weight * self._classification(levels[level].float(), nodes)
+        if self.tree and row.tree_smoothing:
+            loss = loss + row.tree_smoothing * self._relatives(logits, labels)
         if row.triplet_weight:
             loss = loss + row.triplet_weight * batch_hard_triplet(embeddings.float(), labels, row.triplet_margin)
         return loss
+
+    def _classification(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = cross_entropy(logits, labels, reduction="none", label_smoothing=self.row.label_smoothing)  # (B,)
+        if self.row.loss == "focal":
+            losses = focal_weights(logits, labels, self.row.focal_gamma) * losses
+        return losses.mean()
+
+    def _sums(self, logits: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Log-probabilities (B, n) of the nodes of each level above the classes."""
+        assert self.tree
+        marginals = self.tree.marginals(logits.softmax(dim=1))[:-1]
+        return {level: nodes.clamp_min(1e-30).log() for level, nodes in enumerate(marginals, start=1)}
+
+    def _relatives(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What moving all of the target from the class to its relatives adds to the loss.
+
+        Soft labels by the tree (Bertinetto et al., CVPR 2020) of a kind that needs sums over levels only: each level
+        above the classes has an equal share, spread evenly over the classes under the label's ancestor.
+        """
+        assert self.tree
+        log_probs = log_softmax(logits, dim=1)
+        sums = self.tree.marginals(log_probs)[:-1]  # (B, n) each, of log-probabilities
+        shares = []
+        for level, nodes in enumerate(sums):
+            node = self.tree.ancestors[level][labels]
+            shares.append(nodes.gather(1, node[:, None])[:, 0] / self.tree.leaves[level][node])
+        own = log_probs.gather(1, labels[:, None])[:, 0]
+        return (own - torch.stack(shares).mean(dim=0)).mean()
 
 
 def focal_weights(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:

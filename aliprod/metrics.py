@@ -6,6 +6,10 @@ Pure functions of arrays: labels (N,), preds (N,) and confidences (N,), or of th
 import numpy as np
 import pandas as pd
 
+from aliprod.taxonomy import Levels
+
+THRESHOLDS = np.append(np.linspace(0, 0.95, 20), [0.98, 0.99])  # of the trade-off of depth against correctness
+
 
 def gap(correct: np.ndarray, confidence: np.ndarray) -> float:
     """Global average precision of the top-1 predictions, in [0, 1]; 0 for an empty set.
@@ -54,6 +58,53 @@ def summary(predictions: pd.DataFrame) -> dict[str, float]:
         "accuracy": float(correct.mean()),
         f"top{answers.shape[1]}": float((answers.to_numpy() == labels[:, None]).any(axis=1).mean()),
     }
+
+
+def by_level(predictions: pd.DataFrame, levels: Levels) -> dict[str, float]:
+    """Scores of predictions (with `safe` and `path_*`, as of prediction.predict) in the product tree.
+
+    level_<l>_accuracy and level_<l>_map, levels from the root, of what the model says at that level: its branch's node,
+    or the ancestor of its answer. consistency: share of photographs whose levels all lie on one path. severity: mean
+    distance, in levels up to the nearest common ancestor, of the wrong answers, 0 if there are none; distance: the same
+    over all answers. safe_accuracy, safe_severity and safe_distance: those of `safe`.
+    """
+    labels = predictions["label"].to_numpy()
+    scores: dict[str, float] = {}
+    agree = np.ones(len(predictions), dtype=bool)
+    for level, ancestors in enumerate(levels.ancestors[:-1], start=1):
+        below = ancestors[predictions["pred"].to_numpy()]
+        said = predictions.get(f"level_{level}", pd.Series(below)).to_numpy()
+        agree &= said == below
+        scores[f"level_{level}_accuracy"] = float(np.mean(said == ancestors[labels]))
+        scores[f"level_{level}_map"] = mean_class_accuracy(ancestors[labels], said)
+    scores["consistency"] = float(agree.mean())
+    for prefix, answer in {"": "pred", "safe_": "safe"}.items():
+        distances = levels.distances(labels, predictions[answer].to_numpy())
+        scores[f"{prefix}severity"] = float(distances.sum() / max(1, (distances > 0).sum()))
+        scores[f"{prefix}distance"] = float(distances.mean())
+    scores["safe_accuracy"] = float(np.mean(predictions["safe"] == labels))
+    return scores
+
+
+def trade_off(predictions: pd.DataFrame, levels: Levels, thresholds: np.ndarray = THRESHOLDS) -> pd.DataFrame:
+    """How right answers get by being less exact: one row a threshold with its depth, correct and information.
+
+    The answer is the deepest node on the path to `pred` whose probability passes the threshold, else the root. depth:
+    its mean level, the root's 0, the classes' L; correct: share of answers that hold the truth; answered: share of
+    answers below the root.
+    """
+    labels, preds = (predictions[name].to_numpy() for name in ("label", "pred"))
+    inner = predictions.filter(regex=r"^path_").to_numpy()
+    path = np.column_stack([inner, predictions["confidence"]])  # (N, L), falling along a row
+    right = np.column_stack(
+        [np.ones(len(labels), dtype=bool), (levels.ancestors[:, labels] == levels.ancestors[:, preds]).T]
+    )
+    rows = []
+    for threshold in thresholds:
+        depth = (path >= threshold).sum(axis=1)
+        correct = right[np.arange(len(depth)), depth]
+        rows.append((threshold, depth.mean(), correct.mean(), (depth > 0).mean()))
+    return pd.DataFrame(rows, columns=["threshold", "depth", "correct", "answered"])
 
 
 def per_class(predictions: pd.DataFrame, classes: pd.DataFrame) -> pd.DataFrame:

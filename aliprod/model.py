@@ -69,6 +69,8 @@ class Recogniser(nn.Module):
         image_size: int = 224,
         preprocessing: Preprocessing | None = None,
         head: dict[str, Any] | None = None,
+        hierarchy: dict[str, Any] | None = None,
+        levels: taxonomy.Levels | None = None,
     ):
         super().__init__()
         self.backbone_name = BACKBONES.get(backbone, backbone)
@@ -84,7 +86,15 @@ class Recogniser(nn.Module):
         self.backbone.to(memory_format=torch.channels_last)
         self.width, self.num_classes = self.backbone.head_hidden_size, num_classes
         self.head_options = {"kind": "linear"} | (head or {})
-        self.head = heads.head(width=self.width, num_classes=num_classes, **self.head_options)
+        self.hierarchy_options = {"kind": "none", "levels": [], "stage": None} | (hierarchy or {})
+        kind = self.hierarchy_options["kind"]
+        assert levels or kind == "none", "a head that knows the tree needs it"
+        paths = levels if kind == "paths" else None
+        self.head = heads.head(width=self.width, num_classes=num_classes, levels=paths, **self.head_options)
+        self.branches: heads.Branches | None = None
+        if levels and kind == "branches":
+            sizes = {level: levels.sizes[level - 1] for level in self.hierarchy_options["levels"]}
+            self.branches = heads.Branches(self.backbone, self.width, sizes, self.hierarchy_options["stage"])
         self.frozen: set[str] = set()
         for name in ("mean", "std"):
             value = 255 * torch.tensor(getattr(self.preprocessing, name)).view(1, 3, 1, 1)
@@ -139,6 +149,7 @@ class Recogniser(nn.Module):
             "format": FORMAT,
             "backbone": self.backbone_name,
             "head": self.head_options,
+            "hierarchy": self.hierarchy_options,
             "preprocessing": dataclasses.asdict(self.preprocessing),
             **about,
         }
@@ -176,10 +187,13 @@ def load(folder: str | Path) -> Saved:
         raise InputError(f"{folder}: saved in format {config.get('format')}; this version reads format {FORMAT}")
     values = config["preprocessing"]
     preprocessing = Preprocessing(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
-    model = Recogniser(config["backbone"], len(classes), preprocessing=preprocessing, head=config["head"])
-    model.load_state_dict(weights)
     tree_path = folder / "product_tree.csv"
-    return Saved(model.eval(), classes, taxonomy.read_csv(tree_path) if tree_path.exists() else None, config)
+    tree = taxonomy.read_csv(tree_path) if tree_path.exists() else None
+    levels = tree.levels(classes["class_id"]) if tree else None
+    options = {"head": config["head"], "hierarchy": config.get("hierarchy"), "levels": levels}
+    model = Recogniser(config["backbone"], len(classes), preprocessing=preprocessing, **options)
+    model.load_state_dict(weights)
+    return Saved(model.eval(), classes, tree, config)
 
 
 def load_backbone(model: Recogniser, init: str) -> None:

@@ -1,38 +1,54 @@
 """Predictions: the one table that metrics, cleaning, reports and inference read."""
 
 import shlex
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.utils import parametrize
 
 from aliprod import InputError, features, manifest
 from aliprod.features import BATCH_SIZE, Features
+from aliprod.hierarchy import Tree
 from aliprod.images import Images
 from aliprod.model import Recogniser, Saved, autocast
 from aliprod.progress import progress
+from aliprod.taxonomy import Levels
 
 TOP = 5  # answers kept for each photograph
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @torch.inference_mode()
-def predict(model: Recogniser, source: Images | Features, precision: str = "fp32", top: int = TOP) -> pd.DataFrame:
+def predict(
+    model: Recogniser,
+    source: Images | Features,
+    precision: str = "fp32",
+    top: int = TOP,
+    levels: Levels | None = None,
+) -> pd.DataFrame:
     """The model's answers for every readable row of `source`; the index is the row.
 
     Columns: pred and confidence (its softmax probability), pred_2, confidence_2 ... down to `top` or the number of
-    classes; where the source has labels also label and loss (-log of its probability). No more than one batch of
-    logits exists at a time.
+    classes; where the source has labels also label and loss (-log of its probability). With `levels` also safe, the
+    class of least expected distance in the tree; path_1, path_2 ..., the probability of the answer's ancestor at each
+    level above the classes; and level_1, level_2 ..., what the model's branches answer, if it has any. No more than one
+    batch of logits exists at a time.
     """
+    tree = Tree(levels, model.device) if levels else None
+    extra: dict[str, list[np.ndarray]] = defaultdict(list)
     model.eval()
     chunks = [source.rows[start : start + BATCH_SIZE] for start in range(0, len(source.rows), BATCH_SIZE)]
     rows, answers, confidences, losses = [], [], [], []
-    with progress(total=len(source.rows), desc="predicting", unit="img") as bar:
+    with progress(total=len(source.rows), desc="predicting", unit="img") as bar, parametrize.cached():
         for batch, batch_rows in source.batches(chunks):
             with autocast(model.device, precision):
-                logits = model.head(source.embed(model, batch.to(model.device, non_blocking=True)))
+                embeddings = source.embed(model, batch.to(model.device, non_blocking=True))
+                logits = model.head(embeddings)
+                branches = model.branches(embeddings) if tree and model.branches else {}
             logits = logits.float()  # (B, C)
             normaliser = logits.logsumexp(dim=1, keepdim=True)  # (B, 1)
             best = logits.topk(min(top, logits.shape[1]), dim=1)
@@ -42,6 +58,14 @@ def predict(model: Recogniser, source: Images | Features, precision: str = "fp32
             if source.labels is not None:
                 labels = torch.from_numpy(source.labels[batch_rows]).to(model.device)
                 losses.append((normaliser - logits.gather(1, labels[:, None]))[:, 0].cpu().numpy())
+            if tree:
+                marginals = tree.marginals((logits - normaliser).exp())
+                extra["safe"].append(tree.least_risk(marginals).cpu().numpy())
+                for level, nodes in enumerate(marginals[:-1], start=1):
+                    ancestor = tree.ancestors[level - 1][best.indices[:, :1]]
+                    extra[f"path_{level}"].append(nodes.gather(1, ancestor)[:, 0].cpu().numpy())
+            for level, answer in branches.items():
+                extra[f"level_{level}"].append(answer.argmax(dim=1).cpu().numpy())
             bar.update(len(batch_rows))
     table = pd.DataFrame(index=np.concatenate(rows) if rows else np.empty(0, dtype=np.int64))
     if source.labels is not None:
@@ -53,7 +77,7 @@ def predict(model: Recogniser, source: Images | Features, precision: str = "fp32
     for place in range(width):
         suffix = "" if place == 0 else f"_{place + 1}"
         table[f"pred{suffix}"], table[f"confidence{suffix}"] = preds[:, place], scores[:, place]
-    return table
+    return table.assign(**{name: np.concatenate(parts) for name, parts in extra.items()})
 
 
 def predict_table(

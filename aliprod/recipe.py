@@ -103,6 +103,14 @@ class Round(_Row):
     """Photographs of one class that stand together in a batch, so that triplets have positives; 1: by chance."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread evenly over all classes."""
+    hierarchy: Literal["none", "paths", "branches"] = "none"
+    """How the product tree shapes the head: class weights summed over their paths, or the seed's branch a level."""
+    level_weights: Annotated[dict[str, Annotated[float, Field(ge=0, le=100)]], Field(strict=False)] | None = None
+    """Weight of each level's loss, levels counted from the root, the last the classes': { 3 = 0.6, 4 = 1.0 }."""
+    branch_stage: Count | None = None
+    """Stage of the backbone that the branches leave it after; absent: its end."""
+    tree_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread over a class's relatives: evenly over its levels, within each over the classes."""
     freeze: Literal["none", "all"] | Count = "none"
     """What stays byte for byte as it was: nothing, the whole backbone, or its first N stages."""
     augment: Literal["none", "light", "strong"] = "none"
@@ -158,6 +166,17 @@ class Round(_Row):
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must not exceed epochs {self.epochs}")
         if self.triplet_weight and self.freeze == "all":
             raise ValueError(f"triplet_weight {self.triplet_weight} needs a backbone to train, but freeze is 'all'")
+        for level in self.level_weights or {}:
+            if not level.isdecimal() or int(level) < 1:
+                raise ValueError(f"level_weights {level!r}: a level is a number from 1, the root's children")
+        if self.label_smoothing + self.tree_smoothing >= 1:
+            raise ValueError(f"label_smoothing and tree_smoothing {self.tree_smoothing:g} must be below 1 together")
+        if self.hierarchy == "branches" and not self.level_weights:
+            raise ValueError("hierarchy 'branches' needs level_weights, which say at what levels: { 3 = 0.6 }")
+        if self.branch_stage and (self.hierarchy != "branches" or self.freeze == "all"):
+            raise ValueError(f"branch_stage {self.branch_stage} needs hierarchy 'branches' and a backbone to train")
+        if self.loss == "triplet" and (self.hierarchy != "none" or self.level_weights or self.tree_smoothing):
+            raise ValueError("loss 'triplet' knows no tree: leave out hierarchy, level_weights and tree_smoothing")
         if self.loss == "triplet" and (self.head != "cosine" or self.freeze == "all"):
             raise ValueError(
                 f"loss 'triplet' needs head 'cosine', which is {self.head!r}, and a backbone to train, "

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from aliprod import InputError, features, images, manifest, metrics
-from aliprod.images import Images
+from aliprod import InputError, features, manifest, metrics
+from aliprod.features import Features
+from aliprod.images import Images, decode
 from aliprod.model import Recogniser
 from aliprod.prediction import predict
 from aliprod.recipe import Round
+from aliprod.taxonomy import Levels, Taxonomy
 from aliprod.training import Report
 
 
@@ -26,6 +29,8 @@ class Evaluation:
     select_list: pd.DataFrame  # as of metrics.select_list
     corrupt: pd.DataFrame  # split, class_id, image_id, reason
     figures: dict[str, Figure]
+    tables: dict[str, pd.DataFrame]  # more of them, by name
+    pages: dict[str, str]  # interactive figures, HTML
 
 
 def evaluate(
@@ -35,28 +40,29 @@ def evaluate(
     data: str | Path,
     cache: str | Path,
     *,
+    tree: Taxonomy | None = None,
     precision: str = "fp32",
     max_corrupt_share: float = 1.0,
 ) -> Evaluation:
     """Scores `model` on the rows of `table` whose class it knows.
 
-    scores: those of metrics.summary; coverage_classes and coverage_rows, the shares of the table's classes and
-    rows that the model knows. InputError if it knows none. Embeddings are kept in `cache`.
+    scores: those of metrics.summary, and of metrics.by_level where there is a tree; coverage_classes and coverage_rows,
+    the shares of the table's classes and rows that the model knows. InputError if it knows none. Embeddings are kept in
+    `cache`.
     """
     labels = manifest.labels(table, classes)
     known = table[labels >= 0].reset_index(drop=True)
     if known.empty:
         raise InputError(f"none of the {table['class_id'].nunique()} classes of this split is known to the model")
     paths = manifest.paths(known, data)
-    source = features.compute(
-        model,
-        Images(paths, labels[labels >= 0], model.preprocessing, max_corrupt_share=max_corrupt_share),
-        cache,
-        precision,
-    )
-    predictions = known.join(predict(model, source, precision), how="inner")
-    predictions["embedding"] = source.codes[predictions.index]
-    predictions.attrs["embeddings"] = source.store.digest  # whose rows `embedding` counts
+    images = Images(paths, labels[labels >= 0], model.preprocessing, max_corrupt_share=max_corrupt_share)
+    early = model.branches is not None and model.branches.stage  # it needs more than embeddings
+    source = images if early else features.compute(model, images, cache, precision)
+    levels = tree.levels(classes["class_id"]) if tree else None
+    predictions = known.join(predict(model, source, precision, levels=levels), how="inner")
+    if isinstance(source, Features):
+        predictions["embedding"] = source.codes[predictions.index]
+        predictions.attrs["embeddings"] = source.store.digest  # whose rows `embedding` counts
     if predictions.empty:
         raise InputError(f"none of the {len(known)} photographs can be read; the first: {source.corrupt[0]}")
     table_classes = table["class_id"].nunique()
@@ -66,17 +72,27 @@ def evaluate(
         "coverage_rows": len(known) / len(table),
     }
     files = pd.Series(paths)[predictions.index]
+    figures = {
+        "map_by_frequency": map_by_frequency(per_class),
+        "confusion": confusion(predictions, per_class),
+        "mistakes": mistakes(predictions, classes, files),
+    }
+    tables: dict[str, pd.DataFrame] = {}
+    pages: dict[str, str] = {}
+    if levels:
+        scores |= metrics.by_level(predictions, levels)
+        tables["trade_off"] = metrics.trade_off(predictions, levels)
+        figures["trade_off"] = trade_off(tables["trade_off"], len(levels.sizes))
+        pages["tree"] = icicle(predictions, levels).to_html(include_plotlyjs=True)
     return Evaluation(
         scores=scores,
         predictions=predictions,
         per_class=per_class,
         select_list=metrics.select_list(predictions, classes),
         corrupt=known.iloc[list(source.corrupt)].assign(reason=list(source.corrupt.values())),
-        figures={
-            "map_by_frequency": map_by_frequency(per_class),
-            "confusion": confusion(predictions, per_class),
-            "mistakes": mistakes(predictions, classes, files),
-        },
+        figures=figures,
+        tables=tables,
+        pages=pages,
     )
 
 
@@ -94,7 +110,7 @@ def rounds(results: list[tuple[Round, dict[str, Any]]]) -> pd.DataFrame:
             "Opt": row.optimizer,
             "Freeze": str(row.freeze),
             "Epochs": row.epochs,
-            "Base LR": row.lr,
+            "Base LR": f"{row.lr:g}",
             "LR_STEP": row.lr_step if row.schedule == "step" else row.schedule,
             "LR_FACTOR": row.lr_factor if row.schedule == "step" else "",
             "Batch Size": row.batch_size,
@@ -109,7 +125,7 @@ def rounds(results: list[tuple[Round, dict[str, Any]]]) -> pd.DataFrame:
             "Run": scores["run"],
         }
         for row, scores in results
-    ).astype({"LR_STEP": "str", "LR_FACTOR": "str"})
+    ).astype({"LR_STEP": "str", "LR_FACTOR": "str", "Base LR": "str"})
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -202,6 +218,54 @@ def confusion(predictions: pd.DataFrame, per_class: pd.DataFrame, worst: int = 1
     return figure
 
 
+def trade_off(table: pd.DataFrame, depth: int) -> Figure:
+    """How right the answers are against how exact, as the threshold rises; `depth` is that of a class."""
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(table["depth"], table["correct"], "o-", markersize=3)
+    for row in table.iloc[::5].itertuples():
+        axes.annotate(f"{row.threshold:.2f}", (row.depth, row.correct), fontsize=7)
+    axes.set(title="Less exact, more often right", xlabel=f"mean level of the answer ({depth}: a class)")
+    axes.set(ylabel="share of right answers", xlim=(0, depth * 1.05))
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def icicle(predictions: pd.DataFrame, levels: Levels) -> Any:
+    """The product tree as a Plotly figure: nodes as wide as their photographs, coloured by accuracy, opened by a click.
+
+    A node's accuracy is the share of its photographs that are answered with it or something below it.
+    """
+    import plotly.graph_objects as go  # takes a second: only those who draw wait for it
+
+    labels, preds = (predictions[name].to_numpy() for name in ("label", "pred"))
+    frames = []
+    for level, (nodes, names) in enumerate(zip(levels.ancestors, levels.names, strict=True)):
+        above = levels.names[level - 1][levels.parents[level - 1]] if level else np.full(len(names), "all")
+        shown = nodes[labels]
+        right = np.bincount(shown[shown == nodes[preds]], minlength=len(names))
+        counts = np.bincount(shown, minlength=len(names))
+        frames.append(pd.DataFrame({"id": names, "parent": above, "count": counts, "right": right}))
+    tree = pd.concat(frames)
+    tree = tree[(tree["id"] != tree["parent"]) & (tree["count"] > 0)]  # a class stands in for itself but once
+    tree.loc[len(tree)] = ["all", "", len(labels), len(labels)]
+    figure = go.Figure(
+        go.Icicle(
+            ids=tree["id"],
+            labels=tree["id"].str.rsplit(" > ", n=1).str[-1],
+            parents=tree["parent"],
+            values=tree["count"],
+            branchvalues="total",
+            maxdepth=4,
+            marker={"colors": tree["right"] / tree["count"], "colorscale": "RdYlGn", "cmin": 0, "cmax": 1,
+                    "showscale": True},
+            hovertemplate="%{id}<br>%{value} photographs, accuracy %{color:.3f}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_layout(title="Accuracy down the product tree", margin={"l": 10, "r": 10, "b": 10})
+    return figure
+
+
 def thumbnails(dropped: pd.DataFrame, files: pd.Series, names: pd.Series, count: int = 60) -> Figure:
     """Photographs that cleaning dropped, chosen by chance, with the class they are filed under; `names` by class id."""
     shown = dropped[dropped["reason"] != "unreadable"]
@@ -210,7 +274,7 @@ def thumbnails(dropped: pd.DataFrame, files: pd.Series, names: pd.Series, count:
     figure = Figure(figsize=(16, 1.9 * height), layout="constrained")
     for place, (row, class_id) in enumerate(shown["class_id"].items(), start=1):
         axes = figure.add_subplot(height, 10, place)
-        axes.imshow(images.decode(Path(files[row]).read_bytes()))
+        axes.imshow(decode(Path(files[row]).read_bytes()))
         axes.set_title(str(names[class_id])[:22], fontsize=7)
         axes.set_axis_off()
     return figure
@@ -224,7 +288,7 @@ def mistakes(predictions: pd.DataFrame, classes: pd.DataFrame, files: pd.Series,
     names = (classes["name"].where(classes["name"] != "", classes["class_id"])).str.slice(0, 30)
     for place, answer in enumerate(wrong.assign(file=files).itertuples(), start=1):
         axes = figure.add_subplot(-(-len(wrong) // 5), 5, place)
-        axes.imshow(images.decode(Path(answer.file).read_bytes()))
+        axes.imshow(decode(Path(answer.file).read_bytes()))
         axes.set_title(f"is {names[answer.label]}\nsaid {names[answer.pred]}, {answer.confidence:.0%}", fontsize=8)
         axes.set_axis_off()
     return figure

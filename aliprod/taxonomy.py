@@ -52,15 +52,73 @@ class Taxonomy:
             }
         )
 
-    def describe(self, class_ids: pd.Series) -> pd.DataFrame:
-        """name and path ("Fruit > Apple > Gala") of classes, in their order; "" where the tree lacks one."""
+    def levels(self, class_ids: pd.Series) -> "Levels":
+        """Where classes stand, level by level; classes that the tree lacks stand by themselves."""
+        leaves = np.flatnonzero(self.class_ids != "")
+        found = pd.Index(self.class_ids[leaves]).get_indexer(class_ids)
+        labels = np.arange(len(found))
+        itself = len(self) + labels  # stands in at levels that a class's path does not reach
+        node = np.where(found >= 0, leaves[found] if len(leaves) else -1, -1)
+        depths, paths = self.depths(), self._paths()
+        ancestors = np.tile(itself, (max(2, int(depths.max())), 1))
+        for level in range(len(ancestors), 0, -1):
+            inside = (node >= 0) & (depths[node] == level)
+            if level < len(ancestors):
+                ancestors[level - 1] = np.where(inside & (self.class_ids[node] == ""), node, itself)
+            node = np.where(inside, self.parents[node], node)
+        known = np.where(found >= 0, paths[leaves[found]] if len(leaves) else "", class_ids.to_numpy())
+        everything = np.concatenate([paths, known])
+        codes, names = [], []
+        for row in ancestors:
+            code, nodes = pd.factorize(row)
+            codes.append(code)
+            names.append(everything[nodes])
+        return Levels(np.array(codes, dtype=np.int64), names)
+
+    def _paths(self) -> np.ndarray:
         paths, depths = self.names.astype(object), self.depths()
         for level in range(2, depths.max() + 1):
             nodes = np.flatnonzero(depths == level)
             paths[nodes] = paths[self.parents[nodes]] + " > " + paths[nodes]
+        return paths
+
+    def describe(self, class_ids: pd.Series) -> pd.DataFrame:
+        """name and path ("Fruit > Apple > Gala") of classes, in their order; "" where the tree lacks one."""
+        paths = self._paths()
         leaves = np.flatnonzero(self.class_ids != "")
         known = pd.DataFrame({"name": self.names[leaves], "path": paths[leaves]}, index=self.class_ids[leaves])
         return known.reindex(class_ids).fillna("").astype("str").reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The classes of a model in the tree: `ancestors` (L, C) int64, level by level from the root, the last the classes.
+
+    A level's nodes are numbered from 0; `names` has their paths, an array a level. A class whose own path ends above a
+    level, or that the tree lacks, stands in for itself there.
+    """
+
+    ancestors: np.ndarray
+    names: list[np.ndarray]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Nodes of each level (L,); the last is the number of classes."""
+        return [len(names) for names in self.names]
+
+    @property
+    def parents(self) -> list[np.ndarray]:
+        """For each level but the first, which node of the level above each of its nodes is under: (n,) int64."""
+        above = []
+        for upper, lower, size in zip(self.ancestors, self.ancestors[1:], self.sizes[1:], strict=False):
+            parent = np.empty(size, dtype=np.int64)
+            parent[lower] = upper
+            above.append(parent)
+        return above
+
+    def distances(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Levels (N,) from two classes (N,), (N,) up to their nearest common ancestor, from 0, the same, to L."""
+        return (self.ancestors[:, first] != self.ancestors[:, second]).sum(axis=0)
 
 
 def read(path: str | Path) -> Taxonomy:

@@ -18,12 +18,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from aliprod import InputError, metrics, optim
 from aliprod.features import Features
 from aliprod.heads import Cosine
+from aliprod.hierarchy import Tree
 from aliprod.images import Images
 from aliprod.losses import Criterion
 from aliprod.model import Recogniser, autocast, half
 from aliprod.prediction import predict
 from aliprod.progress import progress
 from aliprod.recipe import Round
+from aliprod.taxonomy import Levels
 
 KEEP = 2  # newest checkpoints
 POINTS = 100  # of the loss curve an epoch
@@ -62,20 +64,22 @@ def train(
     resume: bool = False,
     stop: threading.Event | None = None,
     checkpoint_steps: int = 1000,
+    levels: Levels | None = None,
 ) -> Iterator[Report]:
     """Trains `model` by `row` on `source`, yielding a report an epoch and one at each checkpoint within it.
 
     Checkpoints go to `folder` at each epoch's end, every `checkpoint_steps` updates and when `stop` is set, after
     which the generator ends early. With `resume` it continues from the newest one there, first yielding again what
     was reported before it. When the round is complete the model holds the weights of the epoch with the highest
-    MAP on `val` (without val: of the last), the moving average of them if the round asks for one.
+    MAP on `val` (without val: of the last), the moving average of them if the round asks for one. `levels` are those of
+    the classes in the product tree, for rounds that use it.
     """
     assert source.labels is not None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stop = stop or threading.Event()
     torch.manual_seed(row.seed)
-    learner = _Learner(model, row, source)
+    learner = _Learner(model, row, source, levels)
     state, sums = _State(), _EpochSums(len(source.rows), model.device)
     if resume:
         state = _restore(folder, learner, sums, row)
@@ -139,7 +143,7 @@ def load_weights(model: Recogniser, checkpoint: Path) -> None:
 class _Learner:
     """What one step changes: the model, its optimizer, the gradients' scale, the weights' average."""
 
-    def __init__(self, model: Recogniser, row: Round, source: Images | Features):
+    def __init__(self, model: Recogniser, row: Round, source: Images | Features, levels: Levels | None):
         model.freeze(row.freeze)
         if row.compile:
             model.backbone.compile()
@@ -149,7 +153,7 @@ class _Learner:
         assert source.labels is not None
         counts = np.bincount(source.labels[source.rows], minlength=model.num_classes).clip(1)
         self.counts = torch.from_numpy(counts).to(model.device)  # (C,)
-        self.criterion = Criterion(row, self.counts)
+        self.criterion = Criterion(row, self.counts, Tree(levels, model.device) if levels else None)
         self.follower: Cosine | None = None  # the head, where it follows the embeddings instead of learning
         if row.loss == "triplet":
             assert isinstance(model.head, Cosine), "the recipe refuses others"
@@ -172,7 +176,8 @@ class _Learner:
             embeddings = self.embed(self.model, inputs)
             with torch.set_grad_enabled(self.follower is None):
                 logits = self.model.head(embeddings)
-        loss = self.criterion(logits, labels, embeddings)
+            branches = self.model.branches(embeddings) if self.model.branches else None
+        loss = self.criterion(logits, labels, embeddings, branches)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)

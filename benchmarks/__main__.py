@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from aliprod import InputError
-from benchmarks import cleaning, finetune, frozen, images, manifest, metrics, rounds
+from benchmarks import cleaning, finetune, frozen, hierarchy, images, manifest, metrics, rounds
 from entrypoints.command import data_folder
 
 BENCHMARKS = {
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "images": images.measure,
     "finetune": finetune.measure,
     "frozen": frozen.measure,
+    "hierarchy": hierarchy.measure,
     "metrics": metrics.measure,
     "rounds": rounds.measure,
     "cleaning": cleaning.measure,

@@ -19,7 +19,13 @@ def main(model: str, data: str, split: str, precision: Literal["fp32", "bf16", "
     with runs.start(f"evaluate {split}", work, {"model": model, "data": manifest.digest(table)}) as run:
         run.dataset(table, str(folder), split, "evaluation")
         evaluation = report.evaluate(
-            saved.model.to(device()), saved.classes, table, folder, work / "features", precision=precision
+            saved.model.to(device()),
+            saved.classes,
+            table,
+            folder,
+            work / "features",
+            tree=saved.tree,
+            precision=precision,
         )
         rounds.log_evaluation(run, evaluation)
     print(rounds.summary(run, evaluation))

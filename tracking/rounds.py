@@ -67,7 +67,7 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     run.params({f"round.{name}": value for name, value in row.model_dump().items() if value is not None})
     sizes = {"num_classes": len(tables.classes), "num_train": len(tables.train), "num_val": len(tables.val)}
     checkpoint = training.newest_checkpoint(checkpoints)
-    made = assembly.model(row, len(tables.classes), "random" if checkpoint else _init(job, digest))
+    made = assembly.model(row, len(tables.classes), "random" if checkpoint else _init(job, digest), tables.levels)
     if checkpoint:  # before anything is embedded: what `init` names may be another model by now
         training.load_weights(made, checkpoint)
     run.params(sizes | {"data_folder": job.data, "device": made.device.type})
@@ -78,7 +78,7 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
         reports, began = [], time.monotonic()
         with interruption.deferred() as stop:
             for made_report in training.train(
-                made, row, source, val, checkpoints, resume=checkpoint is not None, stop=stop
+                made, row, source, val, checkpoints, resume=checkpoint is not None, stop=stop, levels=tables.levels
             ):
                 reports.append(made_report)
                 _log_report(run, made_report, row, time.monotonic() - began)
@@ -92,7 +92,9 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     folder = run.folder / "model"
     about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
     made.save(folder, tables.classes, tables.tree, about)
-    evaluation = report.evaluate(made, tables.classes, tables.val, job.data, work / "features", precision=row.precision)
+    evaluation = report.evaluate(
+        made, tables.classes, tables.val, job.data, work / "features", tree=tables.tree, precision=row.precision
+    )
     nearest = yardstick.answers(made, tables.gallery, tables.queries, job.data, work / "features", row.precision)
     evaluation.scores.update(yardstick.scores(nearest))
     run.table(nearest, "yardstick.parquet")
@@ -113,6 +115,10 @@ def log_evaluation(run: Run, evaluation: report.Evaluation, step: int = 0) -> No
     run.table(evaluation.select_list, "select_list.csv")
     for name, figure in evaluation.figures.items():
         run.figure(figure, f"figures/{name}.png")
+    for name, table in evaluation.tables.items():
+        run.table(table, f"{name}.csv")
+    for name, page in evaluation.pages.items():
+        run.text(page, f"figures/{name}.html")
 
 
 def log_corrupt(run: Run, *sources: Images | Features) -> None:
