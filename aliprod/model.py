@@ -171,6 +171,11 @@ class Saved:
     tree: taxonomy.Taxonomy | None
     config: dict[str, Any]
 
+    @property
+    def levels(self) -> taxonomy.Levels | None:
+        """Where the classes stand in the tree, if it is known."""
+        return self.tree.levels(self.classes["class_id"]) if self.tree else None
+
 
 def load(folder: str | Path) -> Saved:
     """Reads a folder that `Recogniser.save` wrote, in evaluation mode. InputError where it is none."""

@@ -101,24 +101,42 @@ def predict_table(
     return answers
 
 
-def recognise(saved: Saved, files: list[str] | list[bytes], top: int = TOP) -> pd.DataFrame:
+def recognise(saved: Saved, files: list[str] | list[bytes], top: int = TOP, sure: float = 0.0) -> pd.DataFrame:
     """What each image shows, for people and programs: one row an image, in order.
 
     files: paths, or the bytes of image files. Columns class_ids, names, paths, confidences: lists, surest first;
-    error: "" or why the image cannot be read, the lists then being empty.
+    answer and certainty: the deepest node of the product tree on the way to the first of them whose probability is at
+    least `sure`, as a path, "" where not even the first level's is, and that probability; error: "" or why the image
+    cannot be read, the lists then being empty. Without a tree the only node is the class.
     """
     images = Images(files, None, saved.model.preprocessing)
-    answers = predict(saved.model, images, top=top)
+    answers = predict(saved.model, images, top=top, levels=saved.levels)
     preds = answers.filter(regex="^pred").to_numpy()
     columns = {
         column: list(saved.classes[source].to_numpy()[preds].tolist())
         for column, source in {"class_ids": "class_id", "names": "name", "paths": "path"}.items()
     }
     confidences = answers.filter(regex="^confidence").astype(float).to_numpy().tolist()
-    table = pd.DataFrame({**columns, "confidences": confidences}, index=answers.index).reindex(range(len(files)))
+    table = pd.DataFrame({**columns, "confidences": confidences}, index=answers.index)
+    table = table.join(_certain(saved, answers, sure)).reindex(range(len(files)))
     for row in images.corrupt:
-        table.loc[row] = [[], [], [], []]
+        table.loc[row] = [[], [], [], [], "", 0.0]
     return table.assign(error=[images.corrupt.get(row, "") for row in range(len(files))])
+
+
+def _certain(saved: Saved, answers: pd.DataFrame, sure: float) -> pd.DataFrame:
+    preds = answers["pred"].to_numpy()
+    ancestors, names = np.arange(len(saved.classes))[None], [saved.classes["class_id"].to_numpy()]
+    if saved.levels:
+        ancestors, names = saved.levels.ancestors, saved.levels.names
+    path = answers.filter(regex="^(path_|confidence$)").to_numpy(dtype=np.float64)
+    path = np.column_stack([np.ones(len(preds)), path[:, 1:], path[:, :1]])  # (N, L + 1), the root first
+    depth = (path[:, 1:] >= sure).sum(axis=1)
+    answer = np.full(len(preds), "", dtype=object)
+    for level, nodes in enumerate(names, start=1):
+        here = depth == level
+        answer[here] = nodes[ancestors[level - 1][preds[here]]]
+    return pd.DataFrame({"answer": answer, "certainty": path[np.arange(len(preds)), depth]}, index=answers.index)
 
 
 def image_files(images: str) -> list[str]:
@@ -142,10 +160,10 @@ def image_files(images: str) -> list[str]:
 
 
 def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:
-    """What `recognise` gives as one flat row a file: file, class_id, name, path, confidence, class_id_2 ..., error."""
+    """What `recognise` gives as one flat row a file: file, class_id, name, path, confidence, class_id_2 ... error."""
     columns: dict[str, Any] = {"file": files}
     names = {"class_ids": "class_id", "names": "name", "paths": "path", "confidences": "confidence"}
     for place in range(answers["class_ids"].str.len().max()):
         for source, name in names.items():
             columns[f"{name}_{place + 1}" if place else name] = answers[source].str.get(place)
-    return pd.DataFrame(columns | {"error": answers["error"]})
+    return pd.DataFrame(columns | {name: answers[name] for name in ("answer", "certainty", "error")})

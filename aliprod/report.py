@@ -143,8 +143,10 @@ def rounds_figure(table: pd.DataFrame) -> Figure:
     for name, colour in {"GAP": "tab:blue", "MAP": "tab:orange"}.items():
         axes.plot(table["R"], table[name], "o-", color=colour, label=f"{name}, over the round's classes")
         axes.plot(table["R"], table[f"Reported {name}"], "x", color=colour, label=f"{name}, reported by the seed")
-    for name, about in {"NCM": "nearest class mean", "1-NN": "nearest neighbour"}.items():
-        axes.plot(table["R"], table[name], "s--", label=f"accuracy by the {about}, over all classes")
+    for name, about, colour in (("NCM", "class mean", "tab:green"), ("1-NN", "neighbour", "tab:purple")):
+        axes.plot(
+            table["R"], table[name], "s--", color=colour, label=f"accuracy by the nearest {about}, over all classes"
+        )
     axes.set(title="Rounds", ylim=(0, 1))
     axes.tick_params(axis="x", rotation=30)
     axes.grid(alpha=0.3)

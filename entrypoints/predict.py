@@ -1,8 +1,9 @@
 """Names the products in photographs; needs the model alone, not the data it was trained on."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from aliprod.assembly import device
 from aliprod.manifest import write_csv
@@ -12,14 +13,17 @@ from entrypoints.command import command
 from tracking import models, runs
 
 
-def main(model: str, images: str, top: PositiveInt, output: Path, work: Path) -> None:
+def main(
+    model: str, images: str, top: PositiveInt, sure: Annotated[float, Field(ge=0, le=1)], output: Path, work: Path
+) -> None:
     """model: newest, a run id, an MLflow URI or a saved folder; images: a folder, a .csv with a column file, or
-    files, separated by spaces; top: answers an image; output: the CSV to write; work: for what waits to be sent."""
+    files, separated by spaces; top: answers an image; sure: the probability below which the answer is a node further up
+    the tree; output: the CSV to write; work: for what waits to be sent."""
     saved = load(models.fetch(model))
     saved.model.to(device())
     files = image_files(images)
     with runs.start("predict", work, {"model": model}) as run:
-        table = wide(files, recognise(saved, files, top))
+        table = wide(files, recognise(saved, files, top, sure))
         output.parent.mkdir(parents=True, exist_ok=True)
         write_csv(table, output)
         run.table(table, "predictions.csv")

@@ -148,7 +148,6 @@ def test_memorised_labels_are_confirmed_in_sample_only(noisy, tmp_path):
     list(training.train(model, row, noisy.source, None, tmp_path))
     judged = {"in-sample": predict(model, noisy.source), "cross-fitted": noisy.answers()}
     agree = {way: (answers["pred"] == answers["label"]).to_numpy() for way, answers in judged.items()}
-    print({w:(a[noisy.wrong].mean(),a[~noisy.wrong].mean()) for w,a in agree.items()})
     assert agree["in-sample"][noisy.wrong].mean() > 0.9
     assert agree["cross-fitted"][noisy.wrong].mean() < 0.3
     assert agree["cross-fitted"][~noisy.wrong].mean() > 0.5  # by chance an eighth

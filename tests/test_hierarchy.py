@@ -8,7 +8,20 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from aliprod import InputError, assembly, features, heads, metrics, model, recipe, report, taxonomy, training
+from aliprod import (
+    InputError,
+    assembly,
+    features,
+    heads,
+    manifest,
+    metrics,
+    model,
+    prediction,
+    recipe,
+    report,
+    taxonomy,
+    training,
+)
 from aliprod.hierarchy import Tree
 from aliprod.losses import Criterion
 
@@ -269,3 +282,24 @@ def test_the_page_of_the_tree_has_every_node_once_with_its_photographs(levels):
         assert not children or counts[children].sum() == counts[node]
         assert parent == "" or parent in set(data.ids)
     assert counts["all"] == len(table)
+
+
+def test_an_answer_goes_up_the_tree_until_it_is_sure(row, shop, tmp_path):
+    tables = assembly.tables(row, shop)
+    saved = model.Saved(assembly.model(row, 8, "random").eval(), tables.classes, tables.tree, {})
+    files = manifest.paths(tables.val, shop)
+    for sure in (0.0, 0.3, 0.7, 1.1):
+        found = prediction.recognise(saved, files, top=8, sure=sure)
+        for row in found.itertuples():
+            shares = pd.Series(row.confidences, row.paths)
+            nodes = [" > ".join(row.paths[0].split(" > ")[:depth]) for depth in (4, 3, 2, 1)]
+            sums = {
+                node: shares[[path == node or path.startswith(node + " > ") for path in shares.index]].sum()
+                for node in nodes
+            }
+            expected = next((node for node in nodes if sums[node] >= sure), "")
+            assert row.answer == expected
+            assert row.certainty == pytest.approx(sums.get(expected, 1.0), abs=1e-5)
+    alone = model.Saved(saved.model, tables.classes, None, {})
+    found = prediction.recognise(alone, files, sure=0.0)
+    assert (found["answer"] == found["class_ids"].str[0]).all()

@@ -186,7 +186,7 @@ def test_a_whole_epoch_in_one_batch_gives_the_class_means(batch):
 def test_only_the_means_move_a_followers_head(row, shop, optimizer, precision):
     row = test_training.changed(row, **TRIPLET, optimizer=optimizer, precision=precision, weight_decay=0.5)
     model, source, _ = test_training.material(row, shop)
-    learner = training._Learner(model, row, source)
+    learner = training._Learner(model, row, source, levels=None)
     backbone = next(model.backbone.parameters()).detach().clone()
     for label in (0, 1):
         before = model.head.weight.detach().clone()

@@ -30,10 +30,12 @@ SIGNATURE = ModelSignature(
             ColSpec(Array(DataType.string), "names"),
             ColSpec(Array(DataType.string), "paths"),
             ColSpec(Array(DataType.double), "confidences"),
+            ColSpec(DataType.string, "answer"),
+            ColSpec(DataType.double, "certainty"),
             ColSpec(DataType.string, "error"),
         ]
     ),
-    params=ParamSchema([ParamSpec("top", DataType.long, 5)]),
+    params=ParamSchema([ParamSpec("top", DataType.long, 5), ParamSpec("sure", DataType.double, 0.0)]),
 )
 
 

@@ -8,7 +8,8 @@ from aliprod import model, prediction
 
 
 class ServedRecogniser(PythonModel):
-    """A table with a column `image` of bytes -> class_ids, names, paths, confidences (surest first), error."""
+    """A table with a column `image` of bytes -> class_ids, names, paths, confidences (surest first), answer, certainty,
+    error, as of prediction.recognise."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Reads the saved model that was logged with this file."""
@@ -18,7 +19,7 @@ class ServedRecogniser(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict | None = None
     ) -> pd.DataFrame:
         """One row an image; one that cannot be read has empty lists and says why in `error`, the others none."""
-        return prediction.recognise(self.saved, list(model_input["image"]), (params or {}).get("top", prediction.TOP))
+        return prediction.recognise(self.saved, list(model_input["image"]), **(params or {}))
 
 
 mlflow.models.set_model(ServedRecogniser())
