@@ -51,13 +51,14 @@ class Shop:
 
     def trained(self, row: Round, table: pd.DataFrame) -> Saved:
         """The model that a round makes of these rows."""
-        model = assembly.model(row, len(self.tables.classes), row.init)
+        levels = self.tables.levels
+        model = assembly.model(row, len(self.tables.classes), row.init, levels)
         rows = (table, self.tables.classes, self.data, WORK / "features")
         source = assembly.inputs(model, row, *rows, row.augment)
         with tempfile.TemporaryDirectory() as folder:
-            for _ in training.train(model, row, source, None, folder):
+            for _ in training.train(model, row, source, None, folder, levels=levels):
                 pass
-        return Saved(model, self.tables.classes, None, {"round": row.model_dump()})
+        return Saved(model, self.tables.classes, self.tables.tree, {"round": row.model_dump()})
 
     def answers(self, saved: Saved, table: pd.DataFrame, folds: int = 0) -> pd.DataFrame:
         """What a model says to these rows, or with `folds` what heads trained on the others say."""
