@@ -90,6 +90,7 @@ class _Head(Recogniser):
         nn.Module.__init__(self)
         torch.manual_seed(seed)
         self.backbone, self.width, self.num_classes = nn.Identity(), model.width, num_classes
+        self.branches = None
         self.head = heads.head(width=model.width, num_classes=num_classes, **model.head_options)
         self.register_buffer("_mean", model._mean, persistent=False)
         self.to(model.device)

@@ -31,7 +31,9 @@ class PathSum(nn.Module):
         for number, nodes in enumerate(list(self.nodes)[1:]):
             total = nodes + total.index_select(0, self.get_buffer(f"parents_{number}"))
         above = total.index_select(0, self.get_buffer(f"parents_{len(self.nodes) - 1}"))  # (C, D)
-        return own + (above.repeat_interleave(self.centers, dim=0) if self.centers > 1 else above)
+        if self.centers > 1:
+            above = above.repeat_interleave(self.centers, dim=0)
+        return above.add_(own)  # in place: the largest thing there is needs no third copy
 
 
 class Tree:
@@ -43,8 +45,9 @@ class Tree:
         self.sizes = levels.sizes
         self.leaves = [torch.bincount(row) for row in self.ancestors]  # (n,) classes under each node, a level
 
-    def marginals(self, probabilities: torch.Tensor) -> list[torch.Tensor]:
-        """probabilities (B, C) of the classes -> those of the nodes (B, n) of each level; the last are the classes'."""
+    def sums(self, probabilities: torch.Tensor) -> list[torch.Tensor]:
+        """probabilities (B, C) of the classes, or what else is to be summed -> those of each level's nodes (B, n);
+        the last are the classes'."""
         sums = [probabilities]
         for parents, size in zip(reversed(self.parents), reversed(self.sizes[:-1]), strict=True):
             sums.append(probabilities.new_zeros(len(probabilities), size).index_add_(1, parents, sums[-1]))

@@ -1,7 +1,7 @@
 """Criteria: what a round minimises, and what is done to logits and in batches for its sake only."""
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax, normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from aliprod import InputError
 from aliprod.hierarchy import Tree
@@ -63,7 +63,7 @@ class Criterion:
     def _sums(self, logits: torch.Tensor) -> dict[int, torch.Tensor]:
         """Log-probabilities (B, n) of the nodes of each level above the classes."""
         assert self.tree
-        marginals = self.tree.marginals(logits.softmax(dim=1))[:-1]
+        marginals = self.tree.sums(logits.softmax(dim=1))[:-1]
         return {level: nodes.clamp_min(1e-30).log() for level, nodes in enumerate(marginals, start=1)}
 
     def _relatives(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -73,13 +73,11 @@ class Criterion:
         above the classes has an equal share, spread evenly over the classes under the label's ancestor.
         """
         assert self.tree
-        log_probs = log_softmax(logits, dim=1)
-        sums = self.tree.marginals(log_probs)[:-1]  # (B, n) each, of log-probabilities
-        shares = []
-        for level, nodes in enumerate(sums):
+        shares = []  # log-probabilities are logits less one normaliser, which cancels out
+        for level, sums in enumerate(self.tree.sums(logits)[:-1]):
             node = self.tree.ancestors[level][labels]
-            shares.append(nodes.gather(1, node[:, None])[:, 0] / self.tree.leaves[level][node])
-        own = log_probs.gather(1, labels[:, None])[:, 0]
+            shares.append(sums.gather(1, node[:, None])[:, 0] / self.tree.leaves[level][node])
+        own = logits.gather(1, labels[:, None])[:, 0]
         return (own - torch.stack(shares).mean(dim=0)).mean()
 
 

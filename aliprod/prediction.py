@@ -59,7 +59,7 @@ def predict(
                 labels = torch.from_numpy(source.labels[batch_rows]).to(model.device)
                 losses.append((normaliser - logits.gather(1, labels[:, None]))[:, 0].cpu().numpy())
             if tree:
-                marginals = tree.marginals((logits - normaliser).exp())
+                marginals = tree.sums((logits - normaliser).exp())
                 extra["safe"].append(tree.least_risk(marginals).cpu().numpy())
                 for level, nodes in enumerate(marginals[:-1], start=1):
                     ancestor = tree.ancestors[level - 1][best.indices[:, :1]]

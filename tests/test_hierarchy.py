@@ -106,7 +106,7 @@ def test_probabilities_of_nodes_are_sums_and_the_safe_answer_has_the_least_expec
     torch.manual_seed(0)
     probabilities = (3 * torch.randn(400, 8)).softmax(dim=1)
     tree = Tree(levels, torch.device("cpu"))
-    marginals = tree.marginals(probabilities)
+    marginals = tree.sums(probabilities)
     for level in (1, 2, 3):
         for label in range(8):
             below = [other for other in range(8) if slow_node(other, level) == slow_node(label, level)]
@@ -229,7 +229,7 @@ def predictions(levels, rows: int = 3000, branch: bool = False) -> pd.DataFrame:
     probabilities = rng.dirichlet(np.full(8, 0.3), rows)
     labels = np.array([rng.choice(8, p=row) for row in probabilities])
     tree = Tree(levels, torch.device("cpu"))
-    marginals = tree.marginals(torch.from_numpy(probabilities))
+    marginals = tree.sums(torch.from_numpy(probabilities))
     pred = probabilities.argmax(axis=1)
     table = pd.DataFrame({"label": labels, "pred": pred, "confidence": probabilities.max(axis=1)})
     table["safe"] = tree.least_risk(marginals).numpy()

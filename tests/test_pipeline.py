@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aliprod import InputError, assembly, features, manifest, metrics, model, recipe, report, yardstick
+from aliprod import InputError, assembly, catalogue, features, manifest, metrics, model, recipe, report, yardstick
 from aliprod.images import Images
 from entrypoints import main, train
 from entrypoints.command import recipe_path
@@ -200,3 +200,18 @@ def test_markdown_shows_numbers_and_gaps():
         "| a | 0.5000 | 3 |",
         "| b |  | 40 |",
     ]
+
+
+@pytest.mark.slow
+def test_all_the_seeds_recipes_run_on_the_demo_catalogue(store, tmp_path):
+    catalogue.render(tmp_path / "demo")
+    overrides = "backbone=efficientnet_lite0 image_size=64"
+    run("baseline v1 v2 v3", tmp_path / "demo", scale=0.25, overrides=overrides)
+    parent = store.search_runs(["1"], "tags.mlflow.runName = 'baseline+v1+v2+v3'")[0]
+    table = pd.read_csv(store.download_artifacts(parent.info.run_id, "rounds.csv"))
+    assert len(table) == 13 and parent.info.status == "FINISHED"
+    assert table[["GAP", "MAP", "NCM", "1-NN"]].notna().all(axis=None)
+    wholes = table["R"].str.endswith((".3", "v2"))
+    assert (table.loc[wholes, "Class Number"] == 36).all() and (table.loc[~wholes, "Class Number"] < 36).all()
+    (cleaned,) = store.search_runs(["1"], "tags.mlflow.runName = 'v2/reliable_train'")
+    assert cleaned.data.metrics["recall"] > 0.3  # it knows truth.csv
