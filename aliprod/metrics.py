@@ -107,11 +107,12 @@ def trade_off(predictions: pd.DataFrame, levels: Levels, thresholds: np.ndarray 
     return pd.DataFrame(rows, columns=["threshold", "depth", "correct", "answered"])
 
 
-def per_class(predictions: pd.DataFrame, classes: pd.DataFrame) -> pd.DataFrame:
+def per_class(predictions: pd.DataFrame, classes: pd.DataFrame, levels: Levels | None = None) -> pd.DataFrame:
     """One row a class: class_id, name, path, num_train, num_val, num_correct, accuracy, most_often_taken_for.
 
-    `classes` has class_id, name, path, num_train, its row number the label. Accuracy is NaN and the
-    confusion "" where there is nothing to count.
+    With `levels` also level_<l>_accuracy, the share of its photographs whose answer is under its ancestor there, and
+    distance, the mean one in the tree from its answers to it. `classes` has class_id, name, path, num_train, by
+    label. Accuracy is NaN and the confusion "" where there is nothing to count.
     """
     labels, preds = predictions["label"].to_numpy(), predictions["pred"].to_numpy()
     wrong = predictions.loc[labels != preds, ["label", "pred"]]
@@ -119,11 +120,21 @@ def per_class(predictions: pd.DataFrame, classes: pd.DataFrame) -> pd.DataFrame:
     worst = pairs.sort_values(["count", "pred"], ascending=[False, True]).drop_duplicates("label")
     taken_for = pd.Series("", index=classes.index, dtype="str")
     taken_for.loc[worst["label"]] = classes["class_id"].to_numpy()[worst["pred"]]
+    hierarchy = {}
+    if levels:
+        counts = np.bincount(labels, minlength=len(classes)).astype(float)
+        counts[counts == 0] = np.nan
+        for level, nodes in enumerate(levels.ancestors[:-1], start=1):
+            right = labels[nodes[labels] == nodes[preds]]
+            hierarchy[f"level_{level}_accuracy"] = np.bincount(right, minlength=len(classes)) / counts
+        distances = levels.distances(labels, preds)
+        hierarchy["distance"] = np.bincount(labels, weights=distances, minlength=len(classes)) / counts
     return classes.assign(
         num_val=np.bincount(labels, minlength=len(classes)),
         num_correct=np.bincount(labels[labels == preds], minlength=len(classes)),
         accuracy=class_accuracy(labels, preds, len(classes)),
         most_often_taken_for=taken_for,
+        **hierarchy,
     )
 
 

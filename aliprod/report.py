@@ -66,7 +66,7 @@ def evaluate(
     if predictions.empty:
         raise InputError(f"none of the {len(known)} photographs can be read; the first: {source.corrupt[0]}")
     table_classes = table["class_id"].nunique()
-    per_class = metrics.per_class(predictions, classes)
+    per_class = metrics.per_class(predictions, classes, levels)
     scores = metrics.summary(predictions) | {
         "coverage_classes": known["class_id"].nunique() / table_classes,
         "coverage_rows": len(known) / len(table),

@@ -258,6 +258,20 @@ def test_scores_by_level_equal_the_slow_ones(levels, branch):
     assert scores["consistency"] == pytest.approx(agree.mean()) and (agree.mean() == 1) != branch
 
 
+def test_every_class_has_its_accuracy_at_every_level(levels):
+    table = predictions(levels)
+    classes = pd.DataFrame({"class_id": CLASSES, "name": "", "path": "", "num_train": 1})
+    rows = metrics.per_class(table[table["label"] != 4], classes, levels)
+    assert rows.loc[4, ["level_1_accuracy", "level_2_accuracy", "distance"]].isna().all()
+    for label in (0, 2, 7):
+        own = table[table["label"] == label]
+        for level in (1, 2):
+            right = [slow_node(pred, level) == slow_node(label, level) for pred in own["pred"]]
+            assert rows.loc[label, f"level_{level}_accuracy"] == pytest.approx(np.mean(right))
+        distances = [slow_distance(label, pred) for pred in own["pred"]]
+        assert rows.loc[label, "distance"] == pytest.approx(np.mean(distances))
+
+
 def test_less_exact_answers_are_more_often_right(levels):
     table = predictions(levels)
     curve = metrics.trade_off(table, levels, np.array([0.0, 0.6, 1.1]))
