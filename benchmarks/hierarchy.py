@@ -151,10 +151,9 @@ def cost(num_classes: int = 50_030, batch: int = 64) -> Iterator[str]:
         row = Round(name="cost", precision="bf16", freeze="none" if everything else "all", **fields)
         network = Recogniser("efficientnet_lite0", num_classes, hierarchy={"kind": row.hierarchy}, levels=levels)
         inputs = images if everything else torch.randn(8 * batch, network.width)
-        rows = Images(
-            [""] * len(inputs), np.random.default_rng(0).integers(0, num_classes, len(inputs)), network.preprocessing
-        )
-        source = rows if everything else Features(rows, Store(Path()), np.arange(len(inputs)))
+        labels = np.random.default_rng(0).integers(0, num_classes, len(inputs))
+        rows = Images([""] * len(inputs), labels, network.preprocessing)
+        source = rows if everything else Features(rows, Store(Path("nowhere")), np.arange(len(inputs)))
         learner = training._Learner(network, row, source, levels)
         step = partial(learner.step, inputs, torch.from_numpy(labels), row.lr)
         step()  # the first one allocates
