@@ -43,7 +43,6 @@ class Tree:
         self.ancestors = torch.from_numpy(levels.ancestors).to(device)  # (L, C)
         self.parents = [torch.from_numpy(parents).to(device) for parents in levels.parents]
         self.sizes = levels.sizes
-        self.leaves = [torch.bincount(row) for row in self.ancestors]  # (n,) classes under each node, a level
 
     def sums(self, probabilities: torch.Tensor) -> list[torch.Tensor]:
         """probabilities (B, C) of the classes, or what else is to be summed -> those of each level's nodes (B, n);

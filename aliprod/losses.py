@@ -26,6 +26,10 @@ class Criterion:
             raise InputError(f"level_weights {unknown[0]}: the product tree has {depth} levels")
         self.own_weight = given.pop(depth, 1.0)
         self.level_weights = given
+        # Under a prior the share of a class goes by its frequency, or rare relatives would be made up for twice.
+        self.shares = self.prior.exp() if self.prior is not None else torch.ones_like(counts, dtype=torch.float)  # (C,)
+        smoothed = tree if row.tree_smoothing else None
+        self.totals = smoothed.sums(self.shares[None])[:-1] if smoothed else []  # (1, n) each
 
     def __call__(
         self,
@@ -70,15 +74,17 @@ class Criterion:
         """What moving all of the target from the class to its relatives adds to the loss.
 
         Soft labels by the tree (Bertinetto et al., CVPR 2020) of a kind that needs sums over levels only: each level
-        above the classes has an equal share, spread evenly over the classes under the label's ancestor.
+        above the classes has an equal share, spread over the classes under the label's ancestor: evenly, or by their
+        frequency where the logits are adjusted by it.
         """
         assert self.tree
-        shares = []  # log-probabilities are logits less one normaliser, which cancels out
-        for level, sums in enumerate(self.tree.sums(logits)[:-1]):
+        means = []  # log-probabilities are logits less one normaliser, which cancels out
+        weighted = logits if self.prior is None else logits * self.shares
+        for level, (sums, totals) in enumerate(zip(self.tree.sums(weighted)[:-1], self.totals, strict=True)):
             node = self.tree.ancestors[level][labels]
-            shares.append(sums.gather(1, node[:, None])[:, 0] / self.tree.leaves[level][node])
+            means.append(sums.gather(1, node[:, None])[:, 0] / totals[0, node])
         own = logits.gather(1, labels[:, None])[:, 0]
-        return (own - torch.stack(shares).mean(dim=0)).mean()
+        return (own - torch.stack(means).mean(dim=0)).mean()
 
 
 def focal_weights(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:

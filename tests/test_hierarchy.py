@@ -141,19 +141,22 @@ def test_the_levels_losses_are_those_of_summed_probabilities(levels, loss, smoot
     torch.testing.assert_close(found, expected)
 
 
-def test_tree_smoothing_is_cross_entropy_with_soft_labels(levels):
+@pytest.mark.parametrize("adjustment", [0.0, 0.5])
+def test_tree_smoothing_is_cross_entropy_with_soft_labels(levels, adjustment):
     torch.manual_seed(0)
-    logits = torch.randn(6, 8)
+    logits, counts = torch.randn(6, 8), torch.arange(1.0, 9)
+    frequency = (counts / counts.sum()) ** adjustment
     target = torch.zeros(6, 8)
     for at, label in enumerate(LABELS.tolist()):
         target[at, label] += 1 - 0.3 - 0.1
         target[at] += 0.1 / 8
         for level in (1, 2):
             below = [other for other in range(8) if slow_node(other, level) == slow_node(label, level)]
-            target[at, below] += 0.3 / 2 / len(below)
-    found = criterion(levels, tree_smoothing=0.3, label_smoothing=0.1)(logits, LABELS, None)
+            target[at, below] += 0.3 / 2 * frequency[below] / frequency[below].sum()
+    fields = {"tree_smoothing": 0.3, "label_smoothing": 0.1, "logit_adjustment": adjustment}
+    found = criterion(levels, counts, **fields)(logits, LABELS, None)
     torch.testing.assert_close(target.sum(dim=1), torch.ones(6))
-    torch.testing.assert_close(found, cross_entropy(logits, target))
+    torch.testing.assert_close(found, cross_entropy(logits + frequency.log(), target))
 
 
 def test_branches_have_losses_of_their_own(levels):
