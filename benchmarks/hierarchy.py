@@ -44,7 +44,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def measure(data: Path, limit: int = 0) -> Iterator[str]:
     """Yields a table for the data as it is and for it long-tailed, each also with adjusted logits; and the cost."""
-    row = recipe.override(recipe.read(recipe_path("grocery")).row("frozen"), "hierarchy=none tree_smoothing=0")
+    row = recipe.override(
+        recipe.read(recipe_path("grocery")).row("frozen"), "hierarchy=none tree_smoothing=0 logit_adjustment=0"
+    )
     model, source, levels = material(row, data)
     for imbalance in (1, IMBALANCE):
         for adjustment in (0.0, 0.5):
