@@ -20,12 +20,12 @@ from aliprod.model import Recogniser, Saved
 from aliprod.prediction import predict
 from aliprod.progress import progress
 from aliprod.recipe import Round
+from aliprod.taxonomy import Levels
 
 # What every head is trained by, whatever trained the model; its kind, loss, margins and seed are the model's own.
 SCHEDULE = {
     "init": "random", "freeze": "all", "augment": "none", "images_per_class": 1, "triplet_weight": 0.0,
     "label_smoothing": 0.2, "optimizer": "adamw", "weight_decay": 0.9, "ema_decay": 0.0, "compile": False,
-    "hierarchy": "none", "branch_stage": None, "level_weights": None, "tree_smoothing": 0.0,
     "epochs": 20, "batch_size": 128, "lr": 1e-2, "schedule": "cosine", "warmup_epochs": 0.0,
 }  # fmt: skip
 
@@ -45,12 +45,15 @@ def answers(
     images = Images(manifest.paths(table, data), manifest.labels(table, classes), saved.model.preprocessing)
     source = features.compute(saved.model, images, cache, precision)
     row = head_round(saved, precision)
-    return out_of_fold(saved.model, row, source, len(classes), parts(table, folds, seed))
+    levels = saved.tree.levels(classes["class_id"]) if saved.tree else None
+    return out_of_fold(saved.model, row, source, len(classes), parts(table, folds, seed), levels)
 
 
 def head_round(saved: Saved, precision: str) -> Round:
     """The round that trains a head like the model's own on its frozen backbone."""
     fields = saved.config["round"] | SCHEDULE | {"precision": precision}
+    if fields.get("hierarchy") == "branches":  # which have no part in the classes' scores
+        fields |= {"hierarchy": "none", "branch_stage": None, "level_weights": None}
     return Round(**fields | ({"loss": "cross_entropy"} if fields["loss"] == "triplet" else {}))
 
 
@@ -69,15 +72,22 @@ def parts(table: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
     return dealt[codes]
 
 
-def out_of_fold(model: Recogniser, row: Round, source: Features, num_classes: int, parts: np.ndarray) -> pd.DataFrame:
+def out_of_fold(
+    model: Recogniser,
+    row: Round,
+    source: Features,
+    num_classes: int,
+    parts: np.ndarray,
+    levels: Levels | None = None,
+) -> pd.DataFrame:
     """The answers of `predict` for every row of `source`, those of each part by a head trained on the others."""
     tables = []
     for part in progress(np.unique(parts[source.rows]), desc="cross-fitting", unit="part"):
         inside = parts[source.rows] == part
-        head, others, own = _Head(model, num_classes, row.seed), copy.copy(source), copy.copy(source)
+        head, others, own = _Head(model, row, num_classes, levels), copy.copy(source), copy.copy(source)
         others.rows, own.rows = source.rows[~inside], source.rows[inside]
         with tempfile.TemporaryDirectory() as folder:
-            for _ in training.train(head, row, others, None, folder):
+            for _ in training.train(head, row, others, None, folder, levels=levels):
                 pass
         tables.append(predict(head, own, row.precision))
     return pd.concat(tables).sort_index()
@@ -86,12 +96,13 @@ def out_of_fold(model: Recogniser, row: Round, source: Features, num_classes: in
 class _Head(Recogniser):
     """A fresh head of a model's kind without its backbone, so that checkpoints are small and nothing else can learn."""
 
-    def __init__(self, model: Recogniser, num_classes: int, seed: int):
+    def __init__(self, model: Recogniser, row: Round, num_classes: int, levels: Levels | None):
         nn.Module.__init__(self)
-        torch.manual_seed(seed)
+        torch.manual_seed(row.seed)
         self.backbone, self.width, self.num_classes = nn.Identity(), model.width, num_classes
         self.branches = None
-        self.head = heads.head(width=model.width, num_classes=num_classes, **model.head_options)
+        paths = levels if row.hierarchy == "paths" else None
+        self.head = heads.head(width=model.width, num_classes=num_classes, levels=paths, **model.head_options)
         self.register_buffer("_mean", model._mean, persistent=False)
         self.to(model.device)
 
