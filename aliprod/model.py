@@ -182,9 +182,7 @@ def load(folder: str | Path) -> Saved:
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        classes = pd.read_csv(
-            folder / "classes.csv", dtype={"class_id": "str", "name": "str", "path": "str"}, keep_default_na=False
-        )
+        classes = _read_classes(folder)
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: not a saved model: {error}") from None
@@ -199,6 +197,25 @@ def load(folder: str | Path) -> Saved:
     model = Recogniser(config["backbone"], len(classes), preprocessing=preprocessing, **options)
     model.load_state_dict(weights)
     return Saved(model.eval(), classes, tree, config)
+
+
+def load_head(model: Recogniser, folder: str | Path, classes: pd.DataFrame) -> bool:
+    """Fills the head from what `save` wrote, if that is a head of the same kind for the same classes; whether it was.
+
+    So a round that trains everything goes on with the head that a frozen round before it has warmed up.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return False
+    config, known = json.loads(path.read_text()), _read_classes(Path(folder))
+    if config["head"] != model.head_options or config.get("hierarchy") != model.hierarchy_options:
+        return False
+    if known["class_id"].tolist() != classes["class_id"].tolist():
+        return False
+    weights = load_file(Path(folder) / "model.safetensors")
+    own = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
+    model.load_state_dict(model.state_dict() | own)
+    return True
 
 
 def load_backbone(model: Recogniser, init: str) -> None:
@@ -234,6 +251,11 @@ def weights_digest(module: nn.Module) -> str:
         sha.update(name.encode())
         sha.update(value.detach().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def _read_classes(folder: Path) -> pd.DataFrame:
+    types = {"class_id": "str", "name": "str", "path": "str"}
+    return pd.read_csv(folder / "classes.csv", dtype=types, keep_default_na=False)
 
 
 def _imagenet(name: str) -> dict[str, torch.Tensor]:

@@ -62,7 +62,8 @@ class Round(_Row):
     """One row of the table: what is trained, from what, on what, and how."""
 
     init: Annotated[str, Field(min_length=1)] = "imagenet"
-    """Weights to start from: imagenet, random, an earlier round (round or recipe/round), a run, a URI or a file."""
+    """Backbone to start from: imagenet, random, an earlier round (round or recipe/round), a run, a URI or a file; and
+    its head, where that is of the same kind for the same classes."""
     manifest: Annotated[str, Field(pattern=r"^(.+\.csv|[\w./-]+)$")] = "train"
     """Rows to train on: train, balanced, a [[clean]] step (its name or recipe/name), or the path of a .csv table."""
     samples_per_class: Annotated[tuple[Count, Count] | None, Field(strict=False)] = None

@@ -1,7 +1,7 @@
 """A small Baseline, three rounds of training one on another: the competition entry's own algorithm against ours.
 
-Both ways have the same photographs, rounds, epochs, rates and fresh heads, and are scored by the same metrics on val,
-by which ours also chooses the epoch it keeps.
+Both ways have the same photographs, rounds, epochs and rates, go on with a head where the classes stay, and are scored by
+the same metrics on val, by which ours also chooses the epoch it keeps.
 """
 
 import copy
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
 from aliprod import assembly, manifest, metrics, optim, training
+from aliprod.model import load_head
 from aliprod.recipe import Round
 from benchmarks.finetune import Task
 from benchmarks.images import seed_opened
@@ -70,6 +71,7 @@ def measure(data: Path, limit: int = 256) -> Iterator[str]:
             for way, learn in WAYS.items():
                 own = row.model_copy(update={"init": inits[way]})
                 model = assembly.model(own, len(tables.classes), own.init)
+                load_head(model, own.init, tables.classes)
                 task = Task(own, model, tables.classes, tables.train, tables.val, data)
                 ways[way] = partial(learn, task, Path(folder))
             races.append(race(ways))

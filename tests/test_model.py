@@ -186,3 +186,17 @@ def test_every_backbone_of_the_seed_learns_freezes_and_is_saved(name, tmp_path):
     assert weights_digest(made.backbone) == before
     made.save(tmp_path / "model", CLASSES, None, {})
     assert torch.equal(model.load(tmp_path / "model").model(images), made.eval()(images))
+
+
+def test_a_head_goes_on_only_with_its_classes_and_kind(tmp_path):
+    classes = pd.DataFrame({"class_id": ["a", "b", "c"], "name": "", "path": "", "num_train": 1})
+    first = model.Recogniser("test_resnet", 3)
+    first.save(tmp_path / "first", classes, None, {})
+    second = model.Recogniser("test_resnet", 3)
+    before = weights_digest(second.backbone)
+    assert model.load_head(second, tmp_path / "first", classes)
+    assert torch.equal(second.head.weight, first.head.weight) and torch.equal(second.head.bias, first.head.bias)
+    assert weights_digest(second.backbone) == before
+    assert not model.load_head(second, tmp_path / "first", classes.iloc[[1, 0, 2]])
+    assert not model.load_head(model.Recogniser("test_resnet", 3, head={"kind": "cosine"}), tmp_path / "first", classes)
+    assert not model.load_head(second, "imagenet", classes)

@@ -60,6 +60,8 @@ def test_rounds_and_cleanings_run_in_order_under_one_parent(recipes, shop, store
     assert {file.path for file in store.list_artifacts(parent.info.run_id, "figures")} == {"figures/rounds.png"}
     saved = [model.load(models.fetch(table["Run"][number])).model for number in range(3)]
     assert len({model.weights_digest(one.backbone) for one in saved}) == 1  # both heads are on the first's extractor
+    heads = {name: run.data.tags["aliprod.head"] for name, run in runs.items() if name != "first/reliable"}
+    assert heads == {"first/tiny": "fresh", "first/head": "from init", "second/last": "from init"}
     kept = pd.read_csv(store.download_artifacts(runs["first/reliable"].info.run_id, "reliable.csv"))
     assert runs["second/last"].data.params["num_train"] == str(len(kept)) != runs["first/tiny"].data.params["num_train"]
 

@@ -13,6 +13,7 @@ from aliprod import InputError, assembly, interruption, manifest, recipe, report
 from aliprod.atomic import replacing
 from aliprod.features import Features
 from aliprod.images import CorruptImages, Images
+from aliprod.model import load_head
 from aliprod.recipe import Round
 from tracking import models, steps
 from tracking.runs import Run, close_abandoned
@@ -67,7 +68,9 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     run.params({f"round.{name}": value for name, value in row.model_dump().items() if value is not None})
     sizes = {"num_classes": len(tables.classes), "num_train": len(tables.train), "num_val": len(tables.val)}
     checkpoint = training.newest_checkpoint(checkpoints)
-    made = assembly.model(row, len(tables.classes), "random" if checkpoint else _init(job, digest), tables.levels)
+    init = "random" if checkpoint else _init(job, digest)
+    made = assembly.model(row, len(tables.classes), init, tables.levels)
+    run.tags({"head": "from init" if load_head(made, init, tables.classes) else "fresh"})
     if checkpoint:  # before anything is embedded: what `init` names may be another model by now
         training.load_weights(made, checkpoint)
     run.params(sizes | {"data_folder": job.data, "device": made.device.type})
