@@ -1,7 +1,7 @@
 """A small Baseline, three rounds of training one on another: the competition entry's own algorithm against ours.
 
-Both ways have the same photographs, rounds, epochs and rates, go on with a head where the classes stay, and are scored by
-the same metrics on val, by which ours also chooses the epoch it keeps.
+Both ways have the same photographs, rounds, epochs and rates, go on with a head where the classes stay, and are scored
+by the same metrics on val, by which ours also chooses the epoch it keeps.
 """
 
 import copy
