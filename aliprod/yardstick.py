@@ -79,3 +79,20 @@ def scores(table: pd.DataFrame) -> dict[str, float]:
 
 def _normalised(source: features.Features, rows: np.ndarray, model: Recogniser) -> torch.Tensor:
     return normalize(torch.from_numpy(source.store.take(source.codes[rows])).to(model.device))
+
+
+def paired_bootstrap(
+    first: np.ndarray, second: np.ndarray, labels: np.ndarray, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, np.ndarray]:
+    """By how much MAP is higher with the answers `second` than with `first`, both to the same photographs (N,).
+
+    Returns the difference, and what it is in each resample (R,): over as many classes as there are, drawn with
+    replacement, each with its pair of accuracies. Classes of equal differences are drawn together, as one multinomial
+    count, so that neither time nor memory grows with resamples times classes.
+    """
+    classes = int(labels.max()) + 1
+    paired = [metrics.class_accuracy(labels, answers, classes) for answers in (first, second)]
+    difference = paired[1] - paired[0]
+    values, counts = np.unique(difference[~np.isnan(difference)], return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)  # (R, V)
+    return float(values @ counts / counts.sum()), drawn @ values / counts.sum()

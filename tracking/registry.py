@@ -1,0 +1,145 @@
+"""The registered models and who is champion: two names, one for going on training, one for serving, moved as one.
+
+The alias `champion` of the extractor is the only truth. The tag `aliprod.over` of its version says whom it replaced;
+`previous`, and both aliases of the classifier, follow from these two, and are set right by the next promotion or
+rollback if a machine dies in between.
+"""
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from aliprod import InputError
+
+EXTRACTOR = "aliprod-extractor"
+CLASSIFIER = "aliprod-classifier"
+CHAMPION = "champion"
+PREVIOUS = "previous"
+PATIENCE = 300_000  # milliseconds after which a claim that came to nothing is a dead machine's
+
+
+def champion() -> ModelVersion | None:
+    """The extractor's version that is champion today."""
+    return _or_none(MlflowClient().get_model_version_by_alias, EXTRACTOR, CHAMPION)
+
+
+def model_id(version: ModelVersion) -> str:
+    """Id of the logged model that a version is of."""
+    return version.tags.get("aliprod.model") or str(version.model_id)
+
+
+def crown(model: str, over: ModelVersion | None, about: dict[str, Any], note: str, work: Path) -> ModelVersion | None:
+    """Registers the logged model `model` under both names and makes it champion in the place of `over`.
+
+    None, and nothing moved, if `over` is champion no more or another promotion over it came first. The versions of a
+    registry are numbered in one order for all machines, so a version is also a claim to the title: of those not settled
+    yet the lowest wins. `about` becomes the version's tags, `note` its description.
+    """
+    client = MlflowClient()
+    with _locked(work):
+        if _number(champion()) != _number(over):
+            return None
+        tags = about | {"over": _number(over), "model": model, "decision": "claimed"}
+        claim = _register(EXTRACTOR, model, tags, note)
+        rivals = [
+            version
+            for version in client.search_model_versions(f"name = '{EXTRACTOR}'")
+            if version.tags.get("aliprod.decision") == "claimed"
+            and _number(version) != _number(over)
+            and int(version.version) < int(claim.version)
+            and claim.creation_timestamp - version.creation_timestamp < PATIENCE
+        ]
+        if rivals or _number(champion()) != _number(over):
+            client.set_model_version_tag(EXTRACTOR, claim.version, "aliprod.decision", "overtaken")
+            return None
+        client.set_registered_model_alias(EXTRACTOR, CHAMPION, claim.version)
+        follow()
+        return claim
+
+
+def rollback(work: Path) -> tuple[ModelVersion, ModelVersion]:
+    """Makes `previous` the champion again, under both names: who left and who came back.
+
+    `previous` is then whom that one once replaced. InputError where there is nobody to go back to.
+    """
+    client = MlflowClient()
+    with _locked(work):
+        left = champion()
+        if left is None:
+            raise InputError(f"rollback: {EXTRACTOR} has no {CHAMPION}; `promote` makes one")
+        if not left.tags.get("aliprod.over"):
+            raise InputError(f"rollback: version {left.version} of {EXTRACTOR} replaced none, there is no {PREVIOUS}")
+        try:
+            client.set_registered_model_alias(EXTRACTOR, CHAMPION, left.tags["aliprod.over"])
+        except MlflowException as error:
+            raise InputError(f"rollback: {str(error).splitlines()[0]}") from None
+        client.set_model_version_tag(EXTRACTOR, left.version, "aliprod.decision", "rolled back")
+        follow()
+        back = champion()
+        assert back
+        return left, back
+
+
+def follow() -> None:
+    """Sets all that follows from the extractor's champion: its tag, and the other aliases."""
+    client = MlflowClient()
+    lead = champion()
+    over = lead.tags.get("aliprod.over") if lead else None
+    if lead and lead.tags.get("aliprod.decision") == "claimed":
+        client.set_model_version_tag(EXTRACTOR, lead.version, "aliprod.decision", "promoted")
+    wanted = {CHAMPION: lead, PREVIOUS: _or_none(client.get_model_version, EXTRACTOR, over) if over else None}
+    for alias, version in wanted.items():
+        for name in (EXTRACTOR, CLASSIFIER):
+            found, now = (
+                (version if name == EXTRACTOR or not version else _twin(version)),
+                _or_none(client.get_model_version_by_alias, name, alias),
+            )
+            if found and _number(found) != _number(now):
+                client.set_registered_model_alias(name, alias, found.version)
+            elif now and not found:
+                client.delete_registered_model_alias(name, alias)
+
+
+def _twin(version: ModelVersion) -> ModelVersion:
+    """The classifier's version of the same logged model, registered if it is not there."""
+    for twin in MlflowClient().search_model_versions(f"name = '{CLASSIFIER}'"):
+        if twin.tags.get("aliprod.extractor") == str(version.version):
+            return twin
+    tags = {key: value for key, value in version.tags.items() if key not in ("aliprod.over", "aliprod.decision")}
+    return _register(CLASSIFIER, model_id(version), tags | {"extractor": version.version}, version.description or "")
+
+
+def _register(name: str, model: str, tags: dict[str, Any], note: str) -> ModelVersion:
+    named = {key if "." in key else f"aliprod.{key}": str(value) for key, value in tags.items()}
+    made = mlflow.register_model(f"models:/{model}", name, tags=named)
+    MlflowClient().update_model_version(name, made.version, note)
+    return made
+
+
+def _or_none(find: Callable[..., ModelVersion], *names: str) -> ModelVersion | None:
+    try:
+        return find(*names)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model, no such alias
+            return None
+        raise
+
+
+def _number(version: ModelVersion | None) -> str:
+    return str(version.version) if version else ""
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """One promotion or rollback at a time among the processes of a machine."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "registry.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
