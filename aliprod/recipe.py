@@ -41,7 +41,8 @@ class Cleaning(_Row):
     votes: Count = 2
     """Models that must agree with the label, for disagreement."""
     folds: Annotated[int, Field(ge=0, le=20)] = 0
-    """Parts each judged by heads trained on the others (cross-fitting); 0: the models judge as they are."""
+    """Parts each judged by heads trained on the others (cross-fitting); 0: the models judge as they are. It helps where
+    the models' backbones have not learnt these labels themselves."""
     least: Count = 10
     """Photographs that smaller classes are grown to, by repeating some."""
     precision: Literal["fp32", "bf16", "fp16", "mixed"] = "fp32"
