@@ -1,8 +1,8 @@
 """Cross-fitting: every photograph judged by a head that never saw its label.
 
 A model that has memorised a wrong label confirms it, and cleaning by that model finds nothing. Here the photographs
-are split into parts, and each part is answered by a fresh head, trained on the embeddings of the others. The backbone is
-the model's own: one that was fine-tuned on the wrong labels has them in its embeddings, and confirms them still.
+are split into parts, and each part is answered by a fresh head, trained on the embeddings of the others. The backbone
+is the model's own: one that was fine-tuned on the wrong labels has them in its embeddings, and confirms them still.
 """
 
 import copy
