@@ -119,9 +119,11 @@ def recognise(saved: Saved, files: list[str] | list[bytes], top: int = TOP, sure
     confidences = answers.filter(regex="^confidence").astype(float).to_numpy().tolist()
     table = pd.DataFrame({**columns, "confidences": confidences}, index=answers.index)
     table = table.join(_certain(saved, answers, sure)).reindex(range(len(files)))
-    for row in images.corrupt:
-        table.loc[row] = [[], [], [], [], "", 0.0]
-    return table.assign(error=[images.corrupt.get(row, "") for row in range(len(files))])
+    for column in (*columns, "confidences"):
+        table[column] = [value if isinstance(value, list) else [] for value in table[column]]
+    return table.fillna({"answer": "", "certainty": 0.0}).assign(
+        error=[images.corrupt.get(row, "") for row in range(len(files))]
+    )
 
 
 def _certain(saved: Saved, answers: pd.DataFrame, sure: float) -> pd.DataFrame:

@@ -292,7 +292,9 @@ def _explained(errors: list[Any], model: type[BaseModel]) -> str:
     if model is Recipe and place[0:1] in (("round",), ("clean",)) and len(place) > 1:
         model = Round if place[0] == "round" else Cleaning
         number, place = f"{place[0]} {place[1] + 1}", place[2:]
-    known = {field.alias or name: field.description or "" for name, field in model.model_fields.items()}
+    known = {
+        field.alias or name: " ".join((field.description or "").split()) for name, field in model.model_fields.items()
+    }
     field = str(place[0]) if place else ""
     value = "" if not field or isinstance(first["input"], dict) else f" {first['input']!r}"
     # A field of several types has an error for each: they start at the same place.
