@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 
-.PHONY: help demo test test-all lint bench server clean
+.PHONY: help demo test test-all lint bench server team-server clean
 
 help:     ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ bench: $(READY)    ## Measure the ways of doing the same work against each other
 
 server: $(READY)   ## Open the tracking server's pages at http://127.0.0.1:5000
 	mlflow server --host 127.0.0.1 --port 5000
+
+team-server: $(READY) ## Start the server of a team: PostgreSQL, S3 and MLflow behind a password, in work/team
+	python -m pip install --quiet --editable '.[server]'
+	python -m tracking.server --folder work/team
 
 clean:             ## Remove what was installed; runs and data stay
 	rm -rf .venv
