@@ -48,6 +48,8 @@ def tables(row: Round, data: str | Path) -> Tables:
         train = manifest.select_quantile(train, *row.samples_quantile)
     if row.select_list:
         train = manifest.select_listed(train, row.select_list, row.min_confidence)
+    if row.class_holdout:
+        train = manifest.hold_out(train, manifest.class_index(whole), row.class_holdout, row.seed)
     tree_path = Path(data) / "product_tree.json"
     tree = taxonomy.read(tree_path) if tree_path.exists() else None
     classes = describe(manifest.class_index(train), tree)

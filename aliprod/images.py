@@ -16,14 +16,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
 
 from aliprod import InputError
+
+if TYPE_CHECKING:  # exported models read photographs where there is no torch
+    import torch
 
 MAX_PIXELS = 64_000_000  # of one image; more is refused before it is decoded
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
@@ -56,10 +58,10 @@ class Preprocessing:
         return tuple(round(255 * value) for value in self.mean)
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes whatever the web calls .jpg to RGB (H, W, 3) uint8, upright, transparency laid on white.
 
-    InputError says why it cannot: empty, not an image, cut short, more than MAX_PIXELS.
+    InputError says why it cannot: empty, not an image, cut short, more than max_pixels in all.
     """
     if not data:
         raise InputError("the file is empty")
@@ -68,12 +70,12 @@ def decode(data: bytes) -> np.ndarray:
     except Image.UnidentifiedImageError:
         raise InputError("not an image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"too many pixels; at most {MAX_PIXELS} in all are read") from None
+        raise InputError(f"too many pixels; at most {max_pixels} in all are read") from None
     except Exception as error:
         raise InputError(f"damaged or cut short: {error}") from None
     width, height = header.size
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{width} x {height} pixels; at most {MAX_PIXELS} in all are read")
+    if width * height > max_pixels:
+        raise InputError(f"{width} x {height} pixels; at most {max_pixels} in all are read")
     if data.startswith(b"\xff\xd8") and not _has_end(data):  # libjpeg would paint what is missing grey
         raise InputError("the JPEG is cut short")
     try:
@@ -101,9 +103,11 @@ def letterbox(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return cv2.copyMakeBorder(resized, top, bottom, left, right, cv2.BORDER_CONSTANT, value=preprocessing.fill)
 
 
-def load(data: bytes, preprocessing: Preprocessing, augment: str = "none", seed: int = 0) -> np.ndarray:
+def load(
+    data: bytes, preprocessing: Preprocessing, augment: str = "none", seed: int = 0, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """A file's bytes as the network sees them: RGB (S, S, 3) uint8. InputError as of `decode`."""
-    image = decode(data)
+    image = decode(data, max_pixels)
     if augment != "none":
         # Cropping and turning come before the square, so that neither distorts the proportions; a large
         # photograph is halved until it is near its final size, which loses nothing and saves most of the work.
@@ -131,6 +135,7 @@ class Images:
         augment: str = "none",
         seed: int = 0,
         max_corrupt_share: float = 1.0,
+        max_pixels: int = MAX_PIXELS,
         workers: int | None = None,
     ):
         self.paths = paths
@@ -140,11 +145,20 @@ class Images:
         self.augment = augment
         self.seed = seed
         self.max_corrupt_share = max_corrupt_share
+        self.max_pixels = max_pixels
         self.workers = workers or os.cpu_count() or 1
         self.corrupt: dict[int, str] = {}
 
-    def batches(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    def batches(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[tuple["torch.Tensor", np.ndarray]]:
         """Yields images (B, 3, S, S) uint8, channels last, and their rows (B,); unreadable ones are left out."""
+        import torch
+
+        for images, rows in self.arrays(batches, epoch):
+            batch = torch.from_numpy(images)
+            yield (batch.pin_memory() if torch.cuda.is_available() else batch), rows
+
+    def arrays(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The same without torch."""
         cv2.setNumThreads(1)  # each image has a thread already
         pool = ThreadPoolExecutor(self.workers)
         waiting: deque[tuple[np.ndarray, np.ndarray, list[Future]]] = deque()
@@ -177,11 +191,12 @@ class Images:
             augment=self.augment,
             seed=self.seed,
             max_corrupt_share=self.max_corrupt_share,
+            max_pixels=self.max_pixels,
             workers=self.workers,
         )
 
     @staticmethod
-    def embed(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    def embed(model: Any, batch: "torch.Tensor") -> "torch.Tensor":
         """Embeddings (B, D) of a batch of these: what the backbone makes of them."""
         return model.embed(batch)
 
@@ -194,19 +209,18 @@ class Images:
         try:
             data = file if isinstance(file := self.paths[row], bytes) else Path(file).read_bytes()
             seed = int(np.random.SeedSequence([self.seed, epoch, int(row)]).generate_state(1)[0])
-            target[:] = load(data, self.preprocessing, self.augment, seed)
+            target[:] = load(data, self.preprocessing, self.augment, seed, self.max_pixels)
             return None
         except (InputError, OSError) as error:
             return str(error.strerror if isinstance(error, OSError) else error)
 
-    def _collect(self, images: np.ndarray, rows: np.ndarray, futures: list[Future]) -> tuple[torch.Tensor, np.ndarray]:
+    def _collect(self, images: np.ndarray, rows: np.ndarray, futures: list[Future]) -> tuple[np.ndarray, np.ndarray]:
         reasons = [future.result() for future in futures]
         good = np.array([reason is None for reason in reasons])
         if not good.all():
             self.note_corrupt({int(row): reason for row, reason in zip(rows, reasons, strict=True) if reason})
             images, rows = images[good], rows[good]
-        batch = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return (batch.pin_memory() if torch.cuda.is_available() else batch), rows
+        return images.transpose(0, 3, 1, 2), rows
 
 
 @functools.lru_cache(maxsize=256)

@@ -144,6 +144,12 @@ def select_listed(table: pd.DataFrame, path: str | Path, min_confidence: float) 
     return chosen
 
 
+def hold_out(table: pd.DataFrame, classes: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+    """Rows without those of a share of `classes` (of class_index, as of the whole data), drawn by seed."""
+    drawn = np.random.default_rng(seed).permutation(len(classes))[: round(share * len(classes))]
+    return table[~table["class_id"].isin(classes["class_id"].iloc[drawn])].reset_index(drop=True)
+
+
 def class_index(table: pd.DataFrame) -> pd.DataFrame:
     """The classes of a table in the order of their ids: class_id, num_train; the row number is the label."""
     return table.groupby("class_id").size().rename("num_train").reset_index()

@@ -8,6 +8,7 @@ import pandas as pd
 
 from aliprod.taxonomy import Levels
 
+BINS = 15  # of the calibration error
 THRESHOLDS = np.append(np.linspace(0, 0.95, 20), [0.98, 0.99])  # of the trade-off of depth against correctness
 
 
@@ -80,10 +81,15 @@ def by_level(predictions: pd.DataFrame, levels: Levels) -> dict[str, float]:
     scores["consistency"] = float(agree.mean())
     for prefix, answer in {"": "pred", "safe_": "safe"}.items():
         distances = levels.distances(labels, predictions[answer].to_numpy())
-        scores[f"{prefix}severity"] = float(distances.sum() / max(1, (distances > 0).sum()))
+        scores[f"{prefix}severity"] = severity(distances)
         scores[f"{prefix}distance"] = float(distances.mean())
     scores["safe_accuracy"] = float(np.mean(predictions["safe"] == labels))
     return scores
+
+
+def severity(distances: np.ndarray) -> float:
+    """Mean distance in the tree (N,) of the wrong answers, those further than 0; 0 if there are none."""
+    return float(distances.sum() / max(1, (distances > 0).sum()))
 
 
 def trade_off(predictions: pd.DataFrame, levels: Levels, thresholds: np.ndarray = THRESHOLDS) -> pd.DataFrame:
@@ -136,6 +142,41 @@ def per_class(predictions: pd.DataFrame, classes: pd.DataFrame, levels: Levels |
         most_often_taken_for=taken_for,
         **hierarchy,
     )
+
+
+def reliability(correct: np.ndarray, confidence: np.ndarray, bins: int = BINS) -> pd.DataFrame:
+    """What confidences are worth: one row a bin with its count, mean confidence and accuracy, surest last.
+
+    correct (N,) bool, confidence (N,) in [0, 1]. The bins' edges are quantiles, so that bins are of about one size
+    (scikit-learn's calibration_curve with strategy "quantile"); equal confidences share one, empty ones are left out.
+    """
+    edges = np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1]) if len(confidence) else np.empty(0)
+    place = np.searchsorted(edges, confidence)
+    table = pd.DataFrame({"confidence": np.asarray(confidence, dtype=np.float64), "accuracy": correct})
+    return table.groupby(place).agg(
+        count=("accuracy", "size"), confidence=("confidence", "mean"), accuracy=("accuracy", "mean")
+    )
+
+
+def calibration_error(correct: np.ndarray, confidence: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error in [0, 1]: the mean over photographs of their bin's |accuracy - mean confidence|.
+
+    The measure of Naeini et al. (AAAI 2015) and Guo et al. (ICML 2017), in the bins of equal mass of `reliability`,
+    which estimate it with less bias than those of equal width (Roelofs et al., AISTATS 2022). 0 for an empty set.
+    """
+    table = reliability(correct, confidence, bins)
+    gaps = (table["accuracy"] - table["confidence"]).abs()
+    return float((gaps * table["count"]).sum() / max(1, len(correct)))
+
+
+def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
+    """How often a known product (N,) scores higher than an unknown one (M,), ties counted half; 0.5 is chance.
+
+    Equal to scikit-learn's roc_auc_score. Neither may be empty.
+    """
+    ordered = np.sort(unknown)
+    below = [np.searchsorted(ordered, known, side=side) for side in ("left", "right")]
+    return float(np.mean(below) / len(unknown))
 
 
 def select_list(predictions: pd.DataFrame, classes: pd.DataFrame) -> pd.DataFrame:

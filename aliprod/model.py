@@ -1,12 +1,13 @@
 """The recogniser: a timm backbone that turns images into embeddings, and a head that turns those into logits.
 
 A saved model is a folder without pickles: model.safetensors, config.json (architecture, preprocessing and the
-round that trained it), classes.csv (class_id, name, path, num_train; the row number is the label) and, where
-it is known, product_tree.csv.
+round that trained it), classes.csv (class_id, name, path, num_train; the row number is the label), where it is known
+product_tree.csv, and the files of a gallery (aliprod.gallery), which rounds add.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -24,6 +25,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from aliprod import InputError, heads, taxonomy
+from aliprod.gallery import Gallery
 from aliprod.images import Preprocessing
 
 # The names of the seed's backbones, and what timm calls the same networks.
@@ -164,17 +166,36 @@ class Recogniser(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a saved folder holds: the model, its classes in the order of their labels, tree and config."""
+    """What a saved folder holds: the model, its classes in the order of their labels, tree, config and gallery."""
 
     model: Recogniser
     classes: pd.DataFrame
     tree: taxonomy.Taxonomy | None
     config: dict[str, Any]
+    gallery: Gallery | None = None
 
-    @property
+    @functools.cached_property
+    def extended(self) -> "Saved":
+        """The same with the classes that its gallery adds after those of the labels, in the tree by their paths."""
+        if not self.gallery:
+            return self
+        tree = self.tree and self.tree.grown(self.gallery.new)
+        return dataclasses.replace(self, classes=self.gallery.classes, tree=tree)
+
+    @functools.cached_property
     def levels(self) -> taxonomy.Levels | None:
         """Where the classes stand in the tree, if it is known."""
         return self.tree.levels(self.classes["class_id"]) if self.tree else None
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before the softmax, so that confidences are probabilities; 1 if never fitted."""
+        return self.config.get("calibration", {}).get("temperature", 1.0)
+
+    @property
+    def unknown_below(self) -> float:
+        """The confidence of its first answer below which a photograph counts as of an unknown product; 0: none does."""
+        return self.config.get("calibration", {}).get("unknown_below", 0.0)
 
 
 def load(folder: str | Path) -> Saved:
@@ -196,7 +217,7 @@ def load(folder: str | Path) -> Saved:
     options = {"head": config["head"], "hierarchy": config.get("hierarchy"), "levels": levels}
     model = Recogniser(config["backbone"], len(classes), preprocessing=preprocessing, **options)
     model.load_state_dict(weights)
-    return Saved(model.eval(), classes, tree, config)
+    return Saved(model.eval(), classes, tree, config, Gallery.load(folder, classes))
 
 
 def load_head(model: Recogniser, folder: str | Path, classes: pd.DataFrame) -> bool:

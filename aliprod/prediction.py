@@ -2,6 +2,7 @@
 
 import shlex
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pandas as pd
 import torch
 from torch.nn.utils import parametrize
 
-from aliprod import InputError, features, manifest
+from aliprod import InputError, features, gallery, manifest
 from aliprod.features import BATCH_SIZE, Features
 from aliprod.hierarchy import Tree
-from aliprod.images import Images
+from aliprod.images import MAX_PIXELS, Images
 from aliprod.model import Recogniser, Saved, autocast
 from aliprod.progress import progress
 from aliprod.taxonomy import Levels
@@ -29,16 +30,24 @@ def predict(
     precision: str = "fp32",
     top: int = TOP,
     levels: Levels | None = None,
+    embedding: bool = False,
+    temperature: float | np.ndarray = 1.0,
+    fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> pd.DataFrame:
     """The model's answers for every readable row of `source`; the index is the row.
+
+    `temperature`, one for all or one for each row of `source`, divides the logits before their softmax.
 
     Columns: pred and confidence (its softmax probability), pred_2, confidence_2 ... down to `top` or the number of
     classes; where the source has labels also label and loss (-log of its probability). With `levels` also safe, the
     class of least expected distance in the tree; path_1, path_2 ..., the probability of the answer's ancestor at each
-    level above the classes; and level_1, level_2 ..., what the model's branches answer, if it has any. No more than one
-    batch of logits exists at a time.
+    level above the classes; and level_1, level_2 ..., what the model's branches answer, if it has any. With `embedding`
+    also a column of that name, of arrays (D,). `fuse` makes of embeddings (B, D) and divided logits (B, C) the
+    log-probabilities (B, C + E) that all answers are then of; Gallery has two such methods. No more than one batch of
+    logits exists at a time.
     """
     tree = Tree(levels, model.device) if levels else None
+    temperatures = np.broadcast_to(np.asarray(temperature, dtype=np.float32), len(source.paths))
     extra: dict[str, list[np.ndarray]] = defaultdict(list)
     model.eval()
     chunks = [source.rows[start : start + BATCH_SIZE] for start in range(0, len(source.rows), BATCH_SIZE)]
@@ -50,11 +59,15 @@ def predict(
                 logits = model.head(embeddings)
                 branches = model.branches(embeddings) if tree and model.branches else {}
             logits = logits.float()  # (B, C)
+            scale = torch.from_numpy(temperatures[batch_rows]).to(model.device)[:, None]  # (B, 1)
+            if fuse:
+                logits = scale * fuse(embeddings, logits / scale)
+            best = logits.topk(min(top, logits.shape[1]), dim=1)  # before the division, which could make ties
+            logits /= scale
             normaliser = logits.logsumexp(dim=1, keepdim=True)  # (B, 1)
-            best = logits.topk(min(top, logits.shape[1]), dim=1)
             rows.append(batch_rows)
             answers.append(best.indices.cpu().numpy())
-            confidences.append((best.values - normaliser).exp().cpu().numpy())
+            confidences.append((best.values / scale - normaliser).exp().cpu().numpy())
             if source.labels is not None:
                 labels = torch.from_numpy(source.labels[batch_rows]).to(model.device)
                 losses.append((normaliser - logits.gather(1, labels[:, None]))[:, 0].cpu().numpy())
@@ -66,18 +79,21 @@ def predict(
                     extra[f"path_{level}"].append(nodes.gather(1, ancestor)[:, 0].cpu().numpy())
             for level, answer in branches.items():
                 extra[f"level_{level}"].append(answer.argmax(dim=1).cpu().numpy())
+            if embedding:
+                extra["embedding"].append(embeddings.float().cpu().numpy())
             bar.update(len(batch_rows))
     table = pd.DataFrame(index=np.concatenate(rows) if rows else np.empty(0, dtype=np.int64))
     if source.labels is not None:
         table["label"] = source.labels[table.index]
         table["loss"] = np.concatenate(losses) if losses else np.empty(0, dtype=np.float32)
-    width = min(top, model.num_classes)
+    width = answers[0].shape[1] if answers else min(top, model.num_classes)
     preds = np.concatenate(answers) if answers else np.empty((0, width), dtype=np.int64)
     scores = np.concatenate(confidences) if confidences else np.empty((0, width), dtype=np.float32)
     for place in range(width):
         suffix = "" if place == 0 else f"_{place + 1}"
         table[f"pred{suffix}"], table[f"confidence{suffix}"] = preds[:, place], scores[:, place]
-    return table.assign(**{name: np.concatenate(parts) for name, parts in extra.items()})
+    whole = {name: np.concatenate(parts) for name, parts in extra.items()}
+    return table.assign(**{name: list(values) if values.ndim > 1 else values for name, values in whole.items()})
 
 
 def predict_table(
@@ -101,16 +117,32 @@ def predict_table(
     return answers
 
 
-def recognise(saved: Saved, files: list[str] | list[bytes], top: int = TOP, sure: float = 0.0) -> pd.DataFrame:
+def recognise(
+    saved: Saved,
+    files: list[str] | list[bytes],
+    top: int = TOP,
+    sure: float = 0.0,
+    using: str = "both",
+    embedding: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> pd.DataFrame:
     """What each image shows, for people and programs: one row an image, in order.
 
     files: paths, or the bytes of image files. Columns class_ids, names, paths, confidences: lists, surest first;
     answer and certainty: the deepest node of the product tree on the way to the first of them whose probability is at
-    least `sure`, as a path, "" where not even the first level's is, and that probability; error: "" or why the image
-    cannot be read, the lists then being empty. Without a tree the only node is the class.
+    least `sure`, as a path, "" where not even the first level's is, and that probability; unknown: whether the first
+    confidence is below the model's threshold for products that it knows; embedding: what the head's answer comes from,
+    a list of floats, empty unless asked for; error: "" or why the image cannot be read, the lists then being empty.
+    Without a tree the only node is the class. InputError if `top` or `sure` is out of range.
     """
-    images = Images(files, None, saved.model.preprocessing)
-    answers = predict(saved.model, images, top=top, levels=saved.levels)
+    if top < 1:
+        raise InputError(f"top {top}: must be at least 1")
+    if not 0 <= sure <= 1:
+        raise InputError(f"sure {sure}: must be from 0 to 1")
+    saved, fuse = gallery.answering(saved, using)
+    images = Images(files, None, saved.model.preprocessing, max_pixels=max_pixels)
+    settings: dict[str, Any] = {"levels": saved.levels, "temperature": saved.temperature, "fuse": fuse}
+    answers = predict(saved.model, images, top=top, embedding=embedding, **settings)
     preds = answers.filter(regex="^pred").to_numpy()
     columns = {
         column: list(saved.classes[source].to_numpy()[preds].tolist())
@@ -118,9 +150,13 @@ def recognise(saved: Saved, files: list[str] | list[bytes], top: int = TOP, sure
     }
     confidences = answers.filter(regex="^confidence").astype(float).to_numpy().tolist()
     table = pd.DataFrame({**columns, "confidences": confidences}, index=answers.index)
-    table = table.join(_certain(saved, answers, sure)).reindex(range(len(files)))
-    for column in (*columns, "confidences"):
+    table = table.join(_certain(saved, answers, sure))
+    table["unknown"] = answers["confidence"] < saved.unknown_below
+    table["embedding"] = [values.tolist() for values in answers["embedding"]] if "embedding" in answers else None
+    table = table.reindex(range(len(files)))
+    for column in (*columns, "confidences", "embedding"):
         table[column] = [value if isinstance(value, list) else [] for value in table[column]]
+    table["unknown"] = table["unknown"].eq(True)  # not of what cannot be read
     return table.fillna({"answer": "", "certainty": 0.0}).assign(
         error=[images.corrupt.get(row, "") for row in range(len(files))]
     )
@@ -168,4 +204,4 @@ def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:
     for place in range(answers["class_ids"].str.len().max()):
         for source, name in names.items():
             columns[f"{name}_{place + 1}" if place else name] = answers[source].str.get(place)
-    return pd.DataFrame(columns | {name: answers[name] for name in ("answer", "certainty", "error")})
+    return pd.DataFrame(columns | {name: answers[name] for name in ("answer", "certainty", "unknown", "error")})

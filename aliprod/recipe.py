@@ -10,9 +10,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from aliprod import InputError
+from aliprod.refusal import validated
+from aliprod.space import Tuning
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -76,6 +78,9 @@ class Round(_Row):
     """A CSV of class_id and confidence, as evaluate writes it, to choose stable classes by; absent: all."""
     min_confidence: Share = 0.0
     """Least confidence of a class in the select list."""
+    class_holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the data's classes, drawn by seed, left out of training, so that val has unknown products to measure by;
+    init must not have learnt them either."""
 
     backbone: Annotated[str, Field(min_length=1)] = "efficientnet_lite0"
     """Feature extractor: any name timm knows, or the seed's."""
@@ -198,12 +203,17 @@ class Recipe(BaseModel):
     """One [[round]] table a round."""
     cleanings: Annotated[tuple[Cleaning, ...], Field(alias="clean")] = ()
     """One [[clean]] table a cleaning."""
+    tunings: Annotated[tuple[Tuning, ...], Field(alias="tune")] = ()
+    """One [[tune]] table a round that can be tuned, as of aliprod.space."""
 
     @model_validator(mode="after")
     def _unique(self) -> "Recipe":
-        names = [row.name for row in (*self.rounds, *self.cleanings)]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"names must differ: {', '.join(twice)} stands more than once")
+        tuned = [tuning.round for tuning in self.tunings]
+        for names in ([row.name for row in (*self.rounds, *self.cleanings)], tuned):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"names must differ: {', '.join(twice)} stands more than once")
+        for name in tuned:
+            self.tuning(name)
         return self
 
     def row(self, name: str) -> Round:
@@ -213,6 +223,23 @@ class Recipe(BaseModel):
             raise InputError(f"recipe {self.name}: no round {name!r}; it has {', '.join(filter(None, rows))}")
         return rows[name]
 
+    def tuning(self, name: str, overrides: str = "") -> tuple[Tuning, Round]:
+        """The [[tune]] table of the round called `name`, "" meaning the first there is, and that round, overridden.
+
+        InputError names the choices, or says why table and round do not fit.
+        """
+        tables = {tuning.round: tuning for tuning in reversed(self.tunings)}
+        if name not in tables and (name or not tables):
+            choices = ", ".join(tables) or "none"
+            raise InputError(f"recipe {self.name}: no [[tune]] table of round {name!r}; it has those of {choices}")
+        found = tables.get(name, self.tunings[0])
+        row = override(self.row(found.round), overrides)
+        try:
+            found.check(row, lambda changes: replaced(row, changes, ""))
+        except ValueError as error:
+            raise InputError(f"tune {found.round}: {error}") from None
+        return found, row
+
 
 def read(path: str | Path) -> Recipe:
     """Reads a recipe file: TOML with one [[round]] table a round. InputError names file, field and value."""
@@ -221,12 +248,13 @@ def read(path: str | Path) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML: {error}") from None
-    return _validated(Recipe, {"name": path.stem, **table}, str(path))
+    parts: dict[str, type[BaseModel]] = {"round": Round, "clean": Cleaning, "tune": Tuning}
+    return validated(Recipe, {"name": path.stem, **table}, str(path), parts)
 
 
 def cleaning(**fields: Any) -> Cleaning:
     """A cleaning of these fields. InputError names the field and value."""
-    return _validated(Cleaning, fields, "clean")
+    return validated(Cleaning, fields, "clean")
 
 
 def override(row: Round, overrides: str) -> Round:
@@ -240,7 +268,12 @@ def override(row: Round, overrides: str) -> Round:
             changes[field] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             changes[field] = text
-    return _validated(Round, row.model_dump() | changes, "overrides")
+    return replaced(row, changes, "overrides")
+
+
+def replaced(row: Round, changes: dict[str, Any], source: str) -> Round:
+    """A round with fields replaced. InputError, beginning with `source`, names the field and value."""
+    return validated(Round, row.model_dump() | changes, source)
 
 
 def scaled(row: Round, scale: float) -> Round:
@@ -276,32 +309,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_toml(key)} = {_toml(number)}" for key, number in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML allows no other escapes of JSON's
-
-
-def _validated(model: type[BaseModel], table: dict[str, Any], source: str) -> Any:
-    try:
-        return model.model_validate(table)
-    except ValidationError as error:
-        raise InputError(f"{source}: {_explained(error.errors(), model)}") from None
-
-
-def _explained(errors: list[Any], model: type[BaseModel]) -> str:
-    """One line on the first wrong field: round, field, value, what is allowed and what the field is."""
-    first, place = errors[0], errors[0]["loc"]
-    number = ""
-    if model is Recipe and place[0:1] in (("round",), ("clean",)) and len(place) > 1:
-        model = Round if place[0] == "round" else Cleaning
-        number, place = f"{place[0]} {place[1] + 1}", place[2:]
-    known = {
-        field.alias or name: " ".join((field.description or "").split()) for name, field in model.model_fields.items()
-    }
-    field = str(place[0]) if place else ""
-    value = "" if not field or isinstance(first["input"], dict) else f" {first['input']!r}"
-    # A field of several types has an error for each: they start at the same place.
-    until = len(first["loc"]) - len(place) + 1
-    alike = [error["msg"] for error in errors if error["loc"][:until] == first["loc"][:until]]
-    allowed = ", or ".join(dict.fromkeys(text.removeprefix("Value error, ") for text in alike))
-    if first["type"] == "extra_forbidden":
-        allowed = f"no such field; there are {', '.join(known)}"
-    meaning = f" ({known[field].rstrip('.')})" if known.get(field) else ""
-    return ": ".join(filter(None, [number, field + value, allowed.replace("Input should be", "must be") + meaning]))

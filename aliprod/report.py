@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from aliprod import InputError, features, manifest, metrics
+from aliprod import InputError, features, manifest, metrics, reliability
 from aliprod.features import Features
 from aliprod.images import Images, decode
 from aliprod.model import Recogniser
@@ -31,6 +31,7 @@ class Evaluation:
     figures: dict[str, Figure]
     tables: dict[str, pd.DataFrame]  # more of them, by name
     pages: dict[str, str]  # interactive figures, HTML
+    calibration: dict[str, float]  # as of reliability.Reliability's scores: what a saved model's config keeps of it
 
 
 def evaluate(
@@ -46,9 +47,11 @@ def evaluate(
 ) -> Evaluation:
     """Scores `model` on the rows of `table` whose class it knows.
 
-    scores: those of metrics.summary, and of metrics.by_level where there is a tree; coverage_classes and coverage_rows,
-    the shares of the table's classes and rows that the model knows. InputError if it knows none. Embeddings are kept in
-    `cache`.
+    scores: those of metrics.summary, and of metrics.by_level where there is a tree, all of confidences as the network
+    gives them, so that rounds compare whatever was fitted afterwards; those of reliability.measure, the other rows
+    being its unknown products; with the temperature it fitted, ece and calibrated_loss, without it ece_before and loss;
+    coverage_classes and coverage_rows, the shares of the table's classes and rows that the model knows. InputError if
+    it knows none. Embeddings are kept in `cache`.
     """
     labels = manifest.labels(table, classes)
     known = table[labels >= 0].reset_index(drop=True)
@@ -57,7 +60,8 @@ def evaluate(
     paths = manifest.paths(known, data)
     images = Images(paths, labels[labels >= 0], model.preprocessing, max_corrupt_share=max_corrupt_share)
     early = model.branches is not None and model.branches.stage  # it needs more than embeddings
-    source = images if early else features.compute(model, images, cache, precision)
+    vectors = features.compute(model, images, cache, precision)
+    source = images if early else vectors
     levels = tree.levels(classes["class_id"]) if tree else None
     predictions = known.join(predict(model, source, precision, levels=levels), how="inner")
     if isinstance(source, Features):
@@ -65,9 +69,21 @@ def evaluate(
         predictions.attrs["embeddings"] = source.store.digest  # whose rows `embedding` counts
     if predictions.empty:
         raise InputError(f"none of the {len(known)} photographs can be read; the first: {source.corrupt[0]}")
+    others = manifest.paths(table[(labels < 0) & (table["class_id"] != "")], data)
+    strangers = Images(others, None, model.preprocessing, max_corrupt_share=max_corrupt_share)
+    unknown = features.compute(model, strangers, cache, precision) if others else None
+    trust = reliability.measure(model, vectors, unknown, known, precision)
+    served = predict(model, source, precision, levels=levels, temperature=trust.temperatures)
+    predictions["calibrated"] = served["confidence"]  # cross-fitted
+    correct = (predictions["label"] == predictions["pred"]).to_numpy()
+    before, after = (predictions[name].to_numpy() for name in ("confidence", "calibrated"))
     table_classes = table["class_id"].nunique()
     per_class = metrics.per_class(predictions, classes, levels)
-    scores = metrics.summary(predictions) | {
+    scores = metrics.summary(predictions) | trust.scores
+    scores |= {
+        "ece_before": metrics.calibration_error(correct, before),
+        "ece": metrics.calibration_error(correct, after),
+        "calibrated_loss": float(served["loss"].mean()),
         "coverage_classes": known["class_id"].nunique() / table_classes,
         "coverage_rows": len(known) / len(table),
     }
@@ -76,12 +92,15 @@ def evaluate(
         "map_by_frequency": map_by_frequency(per_class),
         "confusion": confusion(predictions, per_class),
         "mistakes": mistakes(predictions, classes, files),
+        "reliability": reliability.diagram(correct, before, after),
     }
+    if len(trust.unknown):
+        figures["unknown"] = reliability.known_or_not(after, trust)
     tables: dict[str, pd.DataFrame] = {}
     pages: dict[str, str] = {}
     if levels:
         scores |= metrics.by_level(predictions, levels)
-        tables["trade_off"] = metrics.trade_off(predictions, levels)
+        tables["trade_off"] = metrics.trade_off(served, levels)
         figures["trade_off"] = trade_off(tables["trade_off"], len(levels.sizes))
         pages["tree"] = icicle(predictions, levels).to_html(include_plotlyjs=True)
     return Evaluation(
@@ -93,13 +112,15 @@ def evaluate(
         figures=figures,
         tables=tables,
         pages=pages,
+        calibration=trust.scores,
     )
 
 
-def rounds(results: list[tuple[Round, dict[str, Any]]]) -> pd.DataFrame:
+def rounds(results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str] | None = None) -> pd.DataFrame:
     """The table of rounds, its columns named as the seed names its own, beside what its authors reported.
 
-    results: each round with its recipe, run, num_classes, gap, map and the yardstick's ncm_accuracy and nn_accuracy.
+    results: each round with its recipe, run, num_classes, gap, map and the yardstick's ncm_accuracy and nn_accuracy;
+    verdict: what was decided about the extractor of a run, by run.
     """
     return pd.DataFrame(
         {
@@ -122,6 +143,7 @@ def rounds(results: list[tuple[Round, dict[str, Any]]]) -> pd.DataFrame:
             "Reported MAP": (row.reported or {}).get("map", math.nan),
             "NCM": scores["ncm_accuracy"],
             "1-NN": scores["nn_accuracy"],
+            "Extractor": (verdict or {}).get(scores["run"], ""),
             "Run": scores["run"],
         }
         for row, scores in results

@@ -82,6 +82,14 @@ class Taxonomy:
             paths[nodes] = paths[self.parents[nodes]] + " > " + paths[nodes]
         return paths
 
+    def grown(self, classes: pd.DataFrame) -> "Taxonomy":
+        """The tree with more classes (class_id, path) at the ends of their paths "Fruit > Apple > Gala", inner nodes
+        made where missing; a class without a path, or that has its place already, is left out."""
+        placed = classes[(classes["path"] != "") & ~classes["class_id"].isin(self.class_ids)]
+        items = list(zip(placed["class_id"], placed["path"].str.split(" > "), strict=True))
+        rows = list(zip(self.names.tolist(), self.parents.tolist(), self.class_ids.tolist(), strict=True))
+        return Taxonomy(*_arrays(_from_paths(items, rows)))
+
     def describe(self, class_ids: pd.Series) -> pd.DataFrame:
         """name and path ("Fruit > Apple > Gala") of classes, in their order; "" where the tree lacks one."""
         paths = self._paths()
@@ -136,11 +144,10 @@ def read(path: str | Path) -> Taxonomy:
         raise InputError(f"{path}: {error}") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply to be read; edges and paths may have any depth") from None
-    names, parents, class_ids = zip(*nodes, strict=True)
-    leaves = pd.Series([class_id for class_id in class_ids if class_id])
+    leaves = pd.Series([class_id for _, _, class_id in nodes if class_id])
     if (twice := leaves[leaves.duplicated()]).size:
         raise InputError(f"{path}: class_id {twice.iloc[0]!r} stands at more than one place in the tree")
-    return Taxonomy(np.array(names, dtype=object), np.array(parents, dtype=np.int32), np.array(class_ids, dtype=object))
+    return Taxonomy(*_arrays(nodes))
 
 
 def read_csv(path: str | Path) -> Taxonomy:
@@ -151,6 +158,11 @@ def read_csv(path: str | Path) -> Taxonomy:
 
 
 Row = tuple[str, int, str]  # name, parent's row, class_id
+
+
+def _arrays(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    names, parents, class_ids = zip(*rows, strict=True)
+    return np.array(names, dtype=object), np.array(parents, dtype=np.int32), np.array(class_ids, dtype=object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -202,9 +214,9 @@ def _from_nested(roots: list[dict]) -> list[Row]:
     return rows
 
 
-def _from_paths(items: list[tuple[str, list[str]]]) -> list[Row]:
-    rows: list[Row] = []
-    inner: dict[tuple[int, str], int] = {}  # (parent, name) -> row
+def _from_paths(items: list[tuple[str, list[str]]], rows: list[Row] | None = None) -> list[Row]:
+    rows = rows or []
+    inner = {(parent, name): row for row, (name, parent, class_id) in enumerate(rows) if not class_id}
     for class_id, path in items:
         if not class_id:
             raise InputError(f"path {path}: its class_id is empty")
