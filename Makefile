@@ -12,10 +12,10 @@ demo: $(READY)     ## Render the demo catalogue, train its recogniser, say where
 	mlflow run . -e train --env-manager local --experiment-name demo
 
 test: $(READY)     ## Run the tests (about 5 minutes)
-	pytest
+	OMP_NUM_THREADS=1 pytest -n logical --maxprocesses 4 --dist loadfile
 
-test-all: $(READY) ## Run the slow tests too
-	pytest -m ""
+test-all: test     ## Run the slow tests too
+	pytest -m slow
 
 lint: $(READY)     ## Check style and types
 	ruff check . && ruff format --check . && mypy aliprod entrypoints tracking
@@ -27,7 +27,6 @@ server: $(READY)   ## Open the tracking server's pages at http://127.0.0.1:5000
 	mlflow server --host 127.0.0.1 --port 5000
 
 team-server: $(READY) ## Start the server of a team: PostgreSQL, S3 and MLflow behind a password, in work/team
-	python -m pip install --quiet --editable '.[server]'
 	python -m tracking.server --folder work/team
 
 clean:             ## Remove what was installed; runs and data stay
@@ -36,5 +35,5 @@ clean:             ## Remove what was installed; runs and data stay
 $(READY): conda.yaml pyproject.toml
 	$(PYTHON) -m venv .venv
 	python -m pip install --quiet --upgrade pip
-	python -m pip install --quiet --editable . --group dev
+	python -m pip install --quiet --editable '.[server]' --group dev
 	touch $@

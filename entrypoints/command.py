@@ -10,6 +10,7 @@ from typing import NoReturn
 from pydantic import ValidationError, validate_call
 
 from aliprod import InputError, catalogue, interruption
+from tracking import copies, storage
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -33,7 +34,11 @@ def command(main: Callable[..., None]) -> None:
         required = parameter.default is inspect.Parameter.empty
         parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
     try:
-        validate_call(main)(**vars(parser.parse_args()))
+        given = vars(parser.parse_args())
+        for name, parameter in inspect.signature(main).parameters.items():
+            if parameter.annotation is Path and storage.is_address(given[name]):
+                raise InputError(f"{name} {given[name]!r}: must be on this machine; `upload` puts it there")
+        validate_call(main)(**given)
     except ValidationError as error:
         first = error.errors()[0]
         _exit(2, f"{first['loc'][0]} {first['input']!r}: {first['msg']}")
@@ -60,9 +65,10 @@ def recipe_path(name: str) -> Path:
 
 
 def data_folder(data: str, work: Path) -> Path:
-    """The data folder; "demo" is the demo catalogue, rendered into `work` when first asked for."""
+    """The data folder; "demo" is the demo catalogue, rendered into `work` when first asked for; s3://bucket/folder is
+    fetched into it."""
     if data != "demo":
-        path = Path(data).resolve()
+        path = Path(copies.local(data, work)).resolve()
         if not path.is_dir():
             raise InputError(f"data {data!r}: no folder {path} (relative paths start at the project's folder)")
         return path

@@ -7,7 +7,7 @@ from aliprod import manifest, report
 from aliprod.assembly import device
 from aliprod.model import load
 from entrypoints.command import command, data_folder
-from tracking import models, rounds, runs
+from tracking import copies, models, rounds, runs
 
 
 def main(model: str, data: str, split: str, precision: Literal["fp32", "bf16", "fp16", "mixed"], work: Path) -> None:
@@ -15,7 +15,7 @@ def main(model: str, data: str, split: str, precision: Literal["fp32", "bf16", "
     a .csv; precision: of the arithmetic; work: for cached embeddings."""
     saved = load(models.fetch(model))
     folder = data_folder(data, work)
-    table = manifest.read(folder, split)
+    table = manifest.read(folder, copies.local(split, work))
     with runs.start(f"evaluate {split}", work, {"model": model, "data": manifest.digest(table)}) as run:
         run.dataset(table, str(folder), split, "evaluation")
         evaluation = report.evaluate(

@@ -5,22 +5,30 @@ from pathlib import Path
 from aliprod import interruption, report
 from aliprod.recipe import override, read, scaled
 from entrypoints.command import command, data_folder, recipe_path
-from tracking import pipeline, runs
+from tracking import copies, pipeline, runs
 
 
-def main(recipe: str, data: str, scale: float, overrides: str, minutes: float, work: Path) -> None:
+def main(recipe: str, data: str, scale: float, overrides: str, promote: bool, minutes: float, work: Path) -> None:
     """recipe: names or .toml files, in their order; data: a folder, or demo; scale: the data's size, as a share of the
     competition's 2.5 million photographs, to which classes, batches and epochs are fitted (1: as written); overrides:
-    fields of every round, as "lr=3e-4 epochs=2"; minutes: to stop after, 0 for none; work."""
+    fields of every round, as "lr=3e-4 epochs=2"; promote: whether the best extractor is offered to the registry in the
+    end; minutes: to stop after, 0 for none; work."""
     recipes = [
-        recipe.model_copy(update={"rounds": tuple(override(scaled(row, scale), overrides) for row in recipe.rounds)})
+        recipe.model_copy(
+            update={
+                "rounds": tuple(
+                    copies.tables_here(override(scaled(row, scale), overrides), work) for row in recipe.rounds
+                ),
+                "cleanings": tuple(copies.tables_here(row, work) for row in recipe.cleanings),
+            }
+        )
         for recipe in map(read, map(recipe_path, recipe.split()))
     ]
     folder = data_folder(data, work)
     interruption.raise_on_signals(minutes)
     with runs.start("+".join(recipe.name for recipe in recipes), work) as parent:
         try:
-            table = pipeline.run(parent, recipes, folder, work)
+            table = pipeline.run(parent, recipes, folder, work, promote)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("; the same command goes on, and reuses what is finished") from None
     print(report.markdown(table.drop(columns="Run")))

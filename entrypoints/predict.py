@@ -1,7 +1,7 @@
 """Names the products in photographs; needs the model alone, not the data it was trained on."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -14,16 +14,18 @@ from tracking import models, runs
 
 
 def main(
-    model: str, images: str, top: PositiveInt, sure: Annotated[float, Field(ge=0, le=1)], output: Path, work: Path
-) -> None:
+    model: str, images: str, top: PositiveInt, sure: Annotated[float, Field(ge=0, le=1)],
+    using: Literal["head", "gallery", "both"], output: Path, work: Path,
+) -> None:  # fmt: skip
     """model: newest, a run id, an MLflow URI or a saved folder; images: a folder, a .csv with a column file, or
     files, separated by spaces; top: answers an image; sure: the probability below which the answer is a node further up
-    the tree; output: the CSV to write; work: for what waits to be sent."""
+    the tree; using: head (classes trained on), gallery (all, by similarity) or both (all); output: the CSV to write;
+    work: for what waits to be sent."""
     saved = load(models.fetch(model))
     saved.model.to(device())
     files = image_files(images)
     with runs.start("predict", work, {"model": model}) as run:
-        table = wide(files, recognise(saved, files, top, sure))
+        table = wide(files, recognise(saved, files, top, sure, using))
         output.parent.mkdir(parents=True, exist_ok=True)
         write_csv(table, output)
         run.table(table, "predictions.csv")

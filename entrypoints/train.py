@@ -5,7 +5,7 @@ from pathlib import Path
 from aliprod import interruption
 from aliprod.recipe import override, read
 from entrypoints.command import command, data_folder, recipe_path, refuse
-from tracking import rounds, runs
+from tracking import copies, rounds, runs
 
 
 def main(
@@ -21,7 +21,7 @@ def main(
         rows = read(recipe_path(recipe))
         row = override(rows.row(round), overrides)
         row = row.model_copy(update={"init": init or row.init})
-        job = rounds.Job(rows.name, row, str(data_folder(data, work)))
+        job = rounds.Job(rows.name, copies.tables_here(row, work), str(data_folder(data, work)))
     interruption.raise_on_signals(minutes)
     with runs.start(f"{job.recipe}/{job.row.name}", work) as run:
         try:

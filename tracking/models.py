@@ -1,9 +1,10 @@
 """Logged models: from a saved folder to MLflow, and from any way of naming a model back to a folder."""
 
+import base64
 import importlib.metadata
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
@@ -15,15 +16,20 @@ from mlflow.types.schema import Array
 
 from aliprod import InputError
 
+if TYPE_CHECKING:
+    from aliprod.model import Saved
+
 NAME = "model"
 ROOT = Path(__file__).parents[1]
 # What aliprod.model, .images and .prediction import; a server installs these and nothing of training.
 SERVING = (
     *("mlflow", "torch", "torchvision", "timm", "safetensors", "opencv-python", "pillow"),
-    *("numpy", "pandas", "pyarrow", "msgspec", "tqdm"),
+    *("numpy", "pandas", "pyarrow", "msgspec", "tqdm", "faiss-cpu"),
 )
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    # Text, which MLflow hands on as it is, bytes too. Base64 of a binary column it decodes itself, in two of the four
+    # forms of JSON only, and refuses all images for one that is wrong.
+    inputs=Schema([ColSpec(DataType.string, "image")]),
     outputs=Schema(
         [
             ColSpec(Array(DataType.string), "class_ids"),
@@ -32,19 +38,25 @@ SIGNATURE = ModelSignature(
             ColSpec(Array(DataType.double), "confidences"),
             ColSpec(DataType.string, "answer"),
             ColSpec(DataType.double, "certainty"),
+            ColSpec(DataType.boolean, "unknown"),
+            ColSpec(Array(DataType.double), "embedding"),
             ColSpec(DataType.string, "error"),
         ]
     ),
-    params=ParamSchema([ParamSpec("top", DataType.long, 5), ParamSpec("sure", DataType.double, 0.0)]),
+    params=ParamSchema(
+        [
+            ParamSpec("top", DataType.long, 5),
+            ParamSpec("sure", DataType.double, 0.0),
+            ParamSpec("using", DataType.string, "both"),
+            ParamSpec("embedding", DataType.boolean, False),
+        ]
+    ),
 )
 
 
 def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int) -> None:
-    """Logs the saved model in `folder` as the run's model, once; `example` is an image file.
-
-    The code travels with it (models from code, no pickle), as do the versions of what serving needs. `step` is
-    the step of the run's metrics that describe the model.
-    """
+    """Logs the saved model in `folder` as the run's model, once, in its served form. `step` is the step of the run's
+    metrics that describe the model."""
     run = client.get_run(run_id)
     if run.outputs and run.outputs.model_outputs:
         return
@@ -55,26 +67,43 @@ def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int)
         run_id=run_id,
         name=NAME,
         step=step,
-        python_model=str(ROOT / "tracking" / "served.py"),
-        artifacts={"model": folder},
-        code_paths=[str(ROOT / "aliprod")],
-        signature=SIGNATURE,
-        input_example=pd.DataFrame({"image": [Path(example).read_bytes()]}),
-        pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in SERVING],
+        **form(folder, example),
     )
 
 
+def form(folder: str, example: str) -> dict[str, Any]:
+    """What mlflow.pyfunc needs to save the served form of the model in `folder`; `example` is an image file.
+
+    The code travels with it (models from code, no pickle), as do the versions of what serving needs.
+    """
+    return {
+        "python_model": str(ROOT / "tracking" / "served.py"),
+        "artifacts": {"model": folder},
+        "code_paths": [str(ROOT / "aliprod")],
+        "signature": SIGNATURE,
+        "input_example": pd.DataFrame({"image": [base64.b64encode(Path(example).read_bytes()).decode()]}),
+        "pip_requirements": [f"{name}=={importlib.metadata.version(name)}" for name in SERVING],
+    }
+
+
+def load(name: str) -> "Saved":
+    """The model named as for `fetch`, in evaluation mode; its `.model` is the torch module."""
+    from aliprod import model  # takes seconds, which commands that load none do not wait for
+
+    return model.load(fetch(name))
+
+
 def fetch(name: str) -> Path:
-    """The saved folder of a model named by a path, a run id, runs:/..., models:/..., another MLflow URI or "newest".
+    """The saved folder of a model named by a folder, a run id, runs:/..., models:/..., another MLflow URI or "newest".
 
     InputError says what was looked for and not found.
     """
-    if (Path(name) / "config.json").exists():
-        return Path(name)
-    try:
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=_uri(name)))
-    except (MlflowException, OSError) as error:
-        raise InputError(f"model {name!r} not found: {str(error).splitlines()[0]}") from None
+    local = Path(name)
+    if not local.is_dir():
+        try:
+            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=_uri(name)))
+        except (MlflowException, OSError) as error:
+            raise InputError(f"model {name!r} not found: {str(error).splitlines()[0]}") from None
     found = next(local.glob("**/config.json"), None)
     if found is None:
         raise InputError(f"model {name!r} was not logged by this project: it holds no config.json")

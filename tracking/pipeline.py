@@ -1,4 +1,7 @@
-"""A recipe's steps in order, as runs nested in one parent: what is finished is reused, what was cut off goes on."""
+"""A recipe's steps in order, as runs nested in one parent: what is finished is reused, what was cut off goes on.
+
+The last step offers the extractors of all rounds to the registry.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +12,10 @@ from mlflow import MlflowClient
 
 from aliprod import InputError, manifest, report
 from aliprod.recipe import Cleaning, Recipe, Round
-from tracking import cleanings, rounds, runs, steps
+from tracking import cleanings, promotions, rounds, runs, steps
 from tracking.runs import Run
+
+RESULTS = ("R", "Class Number", "GAP", "MAP", "Reported GAP", "Reported MAP", "NCM", "1-NN", "Extractor")  # shown first
 
 
 def plan(recipes: list[Recipe]) -> list[tuple[str, Round | Cleaning]]:
@@ -26,13 +31,17 @@ def plan(recipes: list[Recipe]) -> list[tuple[str, Round | Cleaning]]:
     return list(order.values())
 
 
-def run(parent: Run, recipes: list[Recipe], data: Path, work: Path) -> pd.DataFrame:
+def run(parent: Run, recipes: list[Recipe], data: Path, work: Path, promote: bool) -> pd.DataFrame:
     """Runs every step and logs the table of rounds, as of report.rounds, under `parent` after each.
+
+    With `promote` the best of their extractors is then promoted if it is better than the champion, by the limits'
+    defaults; the table says which it is, what was decided, and why.
 
     A finished run of the same key (steps.key) is taken instead of running a step again; one that was cut off and whose
     checkpoint lies in `work` is resumed. InputError, before anything runs, if a step names what is nowhere.
     """
-    base, digest = steps.data_key(data), manifest.digest(manifest.read(data, "train"))
+    digest = manifest.digest(manifest.read(data, "train"))
+    base = steps.data_key(data, digest)
     order = plan(recipes)
     _refuse_unknown(order, digest)
     done: dict[str, str] = {}
@@ -47,13 +56,26 @@ def run(parent: Run, recipes: list[Recipe], data: Path, work: Path) -> pd.DataFr
             run_id = _do(parent, recipe, row, key, data, work, done)
         done[title] = run_id
         if isinstance(row, Round):
-            results.append((row, {"recipe": recipe, "run": run_id} | _scores(run_id)))
-            parent.metrics({name: results[-1][1][name] for name in ("gap", "map", "ncm_map", "nn_map")}, number)
-            table = report.rounds(results)
-            parent.table(table, "rounds.csv")
-            parent.text(report.markdown(table), "rounds.md")
-            parent.figure(report.rounds_figure(table), "figures/rounds.png")
-            parent.tags({"mlflow.note.content": report.markdown(table)})
+            scores = _scores(run_id)
+            results.append((row, {"recipe": recipe, "run": run_id} | scores))
+            parent.metrics({name: scores[name] for name in ("gap", "map", "ncm_map", "nn_map")}, number)
+            table = _log(parent, results, {})
+    if promote:
+        candidates = " ".join(scores["run"] for _, scores in results)
+        with runs.start("promote", work, {"candidates": candidates}, parent) as child:
+            ground = promotions.Ground.read(data)
+            verdict = promotions.promote(child, candidates, ground, promotions.Limits(), work, dry_run=False)
+        said = f"{verdict['decision']}: {'; '.join(verdict['reasons'])}"
+        table = _log(parent, results, {verdict["candidate"]["run"]: said})
+    return table
+
+
+def _log(parent: Run, results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str]) -> pd.DataFrame:
+    table = report.rounds(results, verdict)
+    parent.table(table, "rounds.csv")
+    parent.text(report.markdown(table), "rounds.md")
+    parent.figure(report.rounds_figure(table), "figures/rounds.png")
+    parent.tags({"mlflow.note.content": report.markdown(table[list(RESULTS)])})
     return table
 
 

@@ -7,6 +7,7 @@ rollback if a machine dies in between.
 
 import contextlib
 import fcntl
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from aliprod import InputError
 
 EXTRACTOR = "aliprod-extractor"
 CLASSIFIER = "aliprod-classifier"
+USES = {
+    EXTRACTOR: "Networks of the best embeddings, to start rounds from: `-P init=models:/aliprod-extractor@champion`",
+    CLASSIFIER: "The same, to recognise products with: `mlflow models serve -m models:/aliprod-classifier@champion`",
+}
 CHAMPION = "champion"
 PREVIOUS = "previous"
 PATIENCE = 300_000  # milliseconds after which a claim that came to nothing is a dead machine's
@@ -87,6 +92,41 @@ def rollback(work: Path) -> tuple[ModelVersion, ModelVersion]:
         return left, back
 
 
+def classifier(name: str) -> ModelVersion | None:
+    """The classifier's version that a URI names by number or alias, None if it names something else."""
+    named = re.fullmatch(rf"models:/{CLASSIFIER}(?:/(\d+)|@([\w-]+))", name)
+    if not named:
+        return None
+    client = MlflowClient()
+    if named[1]:
+        return _or_none(client.get_model_version, CLASSIFIER, named[1])
+    return _or_none(client.get_model_version_by_alias, CLASSIFIER, named[2])
+
+
+def succeed(source: ModelVersion, model: str, about: dict[str, Any], work: Path) -> ModelVersion:
+    """Registers the logged model `model` as the classifier's version after `source`, of the same extractor.
+
+    Aliases at that extractor's classifier move to it. An extractor's versions are one line, or what one enrolled the
+    next would lose: InputError if `source` is not the last of it, or is no more when this one is registered. `about`
+    becomes tags, with those of `source`.
+    """
+    client = MlflowClient()
+    extractor = source.tags.get("aliprod.extractor", "")
+    with _locked(work):
+        made = _register(CLASSIFIER, model, source.tags | about | {"model": model}, source.description or "")
+        line = [_number(version) for version in _twins(extractor)] if extractor else []
+        before = line[: line.index(_number(made))] if extractor else []
+        if extractor and before[-1] != _number(source):
+            client.delete_model_version(CLASSIFIER, made.version)
+            raise InputError(
+                f"version {source.version} of {CLASSIFIER} was followed by {before[-1]}, with enrolments of its own;"
+                f" go on from models:/{CLASSIFIER}/{before[-1]}"
+            )
+        if extractor:
+            follow()
+        return made
+
+
 def follow() -> None:
     """Sets all that follows from the extractor's champion: its tag, and the other aliases."""
     client = MlflowClient()
@@ -108,18 +148,25 @@ def follow() -> None:
 
 
 def _twin(version: ModelVersion) -> ModelVersion:
-    """The classifier's version of the same logged model, registered if it is not there."""
-    for twin in MlflowClient().search_model_versions(f"name = '{CLASSIFIER}'"):
-        if twin.tags.get("aliprod.extractor") == str(version.version):
-            return twin
+    """The newest of the classifier's versions of this extractor, the first registered if there is none."""
+    if twins := _twins(version.version):
+        return twins[-1]
     tags = {key: value for key, value in version.tags.items() if key not in ("aliprod.over", "aliprod.decision")}
     return _register(CLASSIFIER, model_id(version), tags | {"extractor": version.version}, version.description or "")
+
+
+def _twins(extractor: str | int) -> list[ModelVersion]:
+    """The classifier's versions of an extractor, oldest first: that of its own round, then those with enrolments."""
+    found = MlflowClient().search_model_versions(f"name = '{CLASSIFIER}'")
+    twins = [version for version in found if version.tags.get("aliprod.extractor") == str(extractor)]
+    return sorted(twins, key=lambda version: int(version.version))
 
 
 def _register(name: str, model: str, tags: dict[str, Any], note: str) -> ModelVersion:
     named = {key if "." in key else f"aliprod.{key}": str(value) for key, value in tags.items()}
     made = mlflow.register_model(f"models:/{model}", name, tags=named)
     MlflowClient().update_model_version(name, made.version, note)
+    MlflowClient().update_registered_model(name, USES[name])
     return made
 
 

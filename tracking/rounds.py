@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from aliprod import InputError, assembly, interruption, manifest, recipe, report, training, yardstick
+from aliprod import InputError, assembly, enrolment, interruption, manifest, recipe, report, training, yardstick
 from aliprod.atomic import replacing
 from aliprod.features import Features
 from aliprod.images import CorruptImages, Images
@@ -59,7 +59,8 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     path = steps.table(row.manifest, job.recipe, Path(job.data), job.done)
     tables = assembly.tables(row.model_copy(update={"manifest": path}), job.data)
     digest = tables.data_digest
-    run.tags({"recipe": job.recipe, "round": row.name, "data": digest} | ({"resumed_from": resume} if resume else {}))
+    run.tags({"recipe": job.recipe, "round": row.name, "data": digest, "val": manifest.digest(tables.queries)})
+    run.tags({"resumed_from": resume} if resume else {})
     if resume:
         close_abandoned(resume)
     run.text(recipe.to_toml(row), "recipe.toml")
@@ -68,7 +69,7 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     run.params({f"round.{name}": value for name, value in row.model_dump().items() if value is not None})
     sizes = {"num_classes": len(tables.classes), "num_train": len(tables.train), "num_val": len(tables.val)}
     checkpoint = training.newest_checkpoint(checkpoints)
-    init = "random" if checkpoint else _init(job, digest)
+    init = "random" if checkpoint else source_of(job, digest)
     made = assembly.model(row, len(tables.classes), init, tables.levels)
     run.tags({"head": "from init" if load_head(made, init, tables.classes) else "fresh"})
     if checkpoint:  # before anything is embedded: what `init` names may be another model by now
@@ -93,14 +94,16 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
         raise KeyboardInterrupt
     run.figure(report.curves(reports), "figures/curves.png")
     folder = run.folder / "model"
-    about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
-    made.save(folder, tables.classes, tables.tree, about)
     evaluation = report.evaluate(
-        made, tables.classes, tables.val, job.data, work / "features", tree=tables.tree, precision=row.precision
+        made, tables.classes, tables.queries, job.data, work / "features", tree=tables.tree, precision=row.precision
     )
+    about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
+    made.save(folder, tables.classes, tables.tree, about | {"calibration": evaluation.calibration})
     nearest = yardstick.answers(made, tables.gallery, tables.queries, job.data, work / "features", row.precision)
     evaluation.scores.update(yardstick.scores(nearest))
     run.table(nearest, "yardstick.parquet")
+    shown = (tables.classes, tables.gallery, tables.queries, job.data, work / "features", row.precision)
+    enrolment.gallery(made, *shown).save(folder)
     example = manifest.paths(evaluation.predictions.head(1), job.data)[0]
     log_evaluation(run, evaluation, step=row.epochs)
     run.model(folder, example, step=row.epochs)
@@ -148,8 +151,8 @@ def summary(run: Run, evaluation: report.Evaluation) -> str:
     )
 
 
-def _init(job: Job, digest: str) -> str:
-    """What load_backbone reads: a word or path as it is; a step, a run or a URI fetched to a folder."""
+def source_of(job: Job, digest: str) -> str:
+    """What load_backbone reads for the round's init: a word or path as it is; a step, a run or a URI fetched."""
     init = steps.resolve(job.row.init, job.recipe, digest, job.done)
     if init in steps.WORDS or Path(init).exists():
         return init

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 import time
 import warnings
@@ -23,6 +24,10 @@ from aliprod import InputError, manifest
 from tracking.spool import Spool, send_waiting
 
 EXPERIMENT = "aliprod"  # for runs that `mlflow run` did not start
+
+
+class Cut(Exception):
+    """Raised within a run that is given up on purpose: it ends KILLED, the reason in a tag, and nothing is raised."""
 
 
 class Run:
@@ -78,6 +83,16 @@ class Run:
         path.write_text(text, encoding="utf-8")
         self.spool.put("artifact", path=str(path), folder=_folder(name))
 
+    def file(self, file: Path, name: str) -> None:
+        """A file as an artifact; a copy waits to be sent, so the file itself may change."""
+        path = self._artifact_path(name)
+        shutil.copyfile(file, path)
+        self.spool.put("artifact", path=str(path), folder=_folder(name))
+
+    def files(self, folder: Path) -> None:
+        """A folder with all in it as artifacts; it lies among the run's own."""
+        self.spool.put("artifact", path=str(folder), folder=None)
+
     def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
         """A manifest as an input of the run; its digest is that of the table written as CSV."""
         with warnings.catch_warnings():
@@ -103,11 +118,20 @@ class Run:
 
 
 @contextlib.contextmanager
-def start(name: str, work: Path, tags: dict[str, Any] | None = None, parent: Run | None = None) -> Iterator[Run]:
+def start(
+    name: str,
+    work: Path,
+    tags: dict[str, Any] | None = None,
+    parent: Run | None = None,
+    *,
+    join: str = "",
+    monitored: bool = True,
+) -> Iterator[Run]:
     """A run, within `parent`, or else made or taken over from `mlflow run`, that is closed whatever happens within.
 
-    FINISHED, or FAILED with the reason in a tag, or KILLED by an interruption. What earlier runs in `work` could
-    not send is sent first. InputError if the tracking server does not answer.
+    `join` is the id of one to go on recording, perhaps together with other processes. FINISHED, or FAILED with the
+    reason in a tag, or KILLED by an interruption or a Cut. What earlier runs in `work` could not send is sent first.
+    Unless `monitored`, the system is not sampled. InputError if the tracking server does not answer.
     """
     # A dead server would otherwise hold up training for minutes at every report; the spool waits instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -116,19 +140,20 @@ def start(name: str, work: Path, tags: dict[str, Any] | None = None, parent: Run
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     client = MlflowClient()
     try:
-        given = None if parent else os.environ.get("MLFLOW_RUN_ID")
+        given = join or (None if parent else os.environ.get("MLFLOW_RUN_ID"))
         run_id = given or _create(client, parent).info.run_id
-        client.update_run(run_id, name=name)
+        client.update_run(run_id, "RUNNING", name)
         experiment = client.get_run(run_id).info.experiment_id
         client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")  # opens at the runs
     except MlflowException as error:
         uri = mlflow.get_tracking_uri()
         raise InputError(f"the tracking server {uri} does not answer: {str(error).splitlines()[0][:200]}") from None
     send_waiting(work)
-    run = Run(run_id, work / "runs" / run_id)
+    run = Run(run_id, work / "runs" / (f"{run_id}-{os.getpid()}" if join else run_id))
     run.tags({"git": git_state(), **(tags or {})})
-    system_metrics = _SystemMetrics(run)
-    system_metrics.start()
+    system_metrics = _SystemMetrics(run) if monitored else None
+    if system_metrics:
+        system_metrics.start()
     status = "FAILED"
     try:
         yield run
@@ -136,11 +161,15 @@ def start(name: str, work: Path, tags: dict[str, Any] | None = None, parent: Run
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except Cut as reason:
+        status = "KILLED"
+        run.tags({"cut": reason})
     except BaseException as error:
         run.tags({"error": f"{type(error).__name__}: {error}"[:500]})
         raise
     finally:
-        system_metrics.finish()
+        if system_metrics:
+            system_metrics.finish()
         run.end(status)
 
 
