@@ -4,7 +4,21 @@ import argparse
 from pathlib import Path
 
 from aliprod import InputError
-from benchmarks import cleaning, finetune, frozen, hierarchy, images, manifest, metrics, rounds
+from benchmarks import (
+    cleaning,
+    enrolment,
+    finetune,
+    frozen,
+    hierarchy,
+    images,
+    inference,
+    manifest,
+    metrics,
+    rounds,
+    serving,
+    tuning,
+    unknown,
+)
 from entrypoints.command import data_folder
 
 BENCHMARKS = {
@@ -12,10 +26,15 @@ BENCHMARKS = {
     "images": images.measure,
     "finetune": finetune.measure,
     "frozen": frozen.measure,
+    "inference": inference.measure,
     "hierarchy": hierarchy.measure,
     "metrics": metrics.measure,
     "rounds": rounds.measure,
     "cleaning": cleaning.measure,
+    "enrolment": enrolment.measure,
+    "serving": serving.measure,
+    "tuning": tuning.measure,
+    "unknown": unknown.measure,
 }
 WITHOUT_DATA = ("manifest", "metrics", "cleaning")  # they make up their own tables
 

@@ -61,10 +61,11 @@ def empty_store(tmp_path_factory) -> Path:
 def store(empty_store, tmp_path, monkeypatch) -> MlflowClient:
     """The client of an SQLite store of its own, as `mlflow run` uses by default."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):  # logging a model sets the second
+        monkeypatch.delenv(name, raising=False)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
+    mlflow.set_tracking_uri(None)  # first, as it drops the variable
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_tracking_uri(None)
     return MlflowClient()
 
 

@@ -63,7 +63,7 @@ def test_mlflow_run_trains_a_round_end_to_end(tiny, shop, store, tmp_path):
     names = {file.path for file in store.list_artifacts(run.info.run_id)}
     assert names >= {"per_class.csv", "predictions.parquet", "select_list.csv", "recipe.toml", "figures"}
     figures = {Path(file.path).stem for file in store.list_artifacts(run.info.run_id, "figures")}
-    assert figures == {"curves", "map_by_frequency", "confusion", "mistakes", "trade_off", "tree"}
+    assert figures == {"curves", "map_by_frequency", "confusion", "mistakes", "reliability", "trade_off", "tree"}
     folder = tmp_path / "work" / "runs" / run.info.run_id
     assert not (folder / "refused.jsonl").exists() and not (folder / "checkpoints").exists()
     per_class = pd.read_csv(folder / "artifacts" / "per_class.csv", dtype={"class_id": str})
@@ -84,7 +84,7 @@ def test_the_rounds_follow_one_another_and_are_evaluated_and_used(tiny, shop, st
     for name in ("gap", "map", "loss", "top5", "coverage_classes"):
         assert evaluation.data.metrics[name] == pytest.approx(trained[name], abs=1e-5)
     capsys.readouterr()
-    predict.main(second, str(shop / "val" / "00000"), 3, 0.0, Path("out.csv"), Path("work"))
+    predict.main(second, str(shop / "val" / "00000"), 3, 0.0, "both", Path("out.csv"), Path("work"))
     answers = pd.read_csv("out.csv", dtype=str, keep_default_na=False)
     assert len(answers) == 2 and {"file", "class_id", "name", "path", "confidence_3", "error"} <= set(answers)
     assert answers["class_id"][0] in capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_predict_takes_a_csv_or_files_and_lists_the_unreadable(row, shop, store,
     (tmp_path / "bad one.jpg").write_bytes(b"")
     pd.DataFrame({"file": [photograph, "bad one.jpg"]}).to_csv(tmp_path / "list.csv", index=False)
     images = str(tmp_path / "list.csv") if kind == "csv" else f"{photograph} '{tmp_path}/bad one.jpg'"
-    predict.main(str(tmp_path / "model"), images, 2, 0.0, Path("out.csv"), Path("work"))
+    predict.main(str(tmp_path / "model"), images, 2, 0.0, "both", Path("out.csv"), Path("work"))
     answers = pd.read_csv("out.csv", keep_default_na=False)
     assert answers["error"].tolist() == ["", "the file is empty"]
     assert [Path(file).name for file in answers["file"]] == [Path(photograph).name, "bad one.jpg"]
@@ -120,7 +120,7 @@ def test_prepare_writes_the_tables_and_logs_them(shop, store, tmp_path):
 def test_cleaning_writes_a_manifest_that_trains(tiny, shop, store, tmp_path, rule, folds):
     train.main(**arguments(recipe=str(tiny), data=str(shop)))
     output = tmp_path / "reliable.csv"
-    clean.main("newest newest", str(shop), "train", rule, 0.92, 2, folds, 5, "fp32", output, 0, Path("work"))
+    clean.main("newest newest", str(shop), "train", rule, 0.92, 2, folds, 5, "fp32", str(output), 0, Path("work"))
     run = store.search_runs(["1"])[0]
     before, after = manifest.read(shop, "train"), manifest.read_csv(output)
     dropped = pd.read_csv(store.download_artifacts(run.info.run_id, "dropped.csv"), dtype=str)
@@ -211,7 +211,8 @@ MISTAKES = {
 DEFAULTS = {
     "train": arguments(),
     "evaluate": {"model": "newest", "data": "demo", "split": "val", "precision": "fp32", "work": "work"},
-    "predict": {"model": "newest", "images": "x.jpg", "top": 5, "sure": 0, "output": "out.csv", "work": "work"},
+    "predict": {"model": "newest", "images": "x.jpg", "top": 5, "sure": 0, "using": "both", "output": "out.csv",
+                "work": "work"},
     "prepare": {"data": "demo", "output": "tables", "seed": 0, "work": "work"},
     "demo_data": {"output": "demo", "departments": 1, "categories": 1, "brands": 1, "products": 2, "images": 2,
                   "imbalance": 1, "val_images": 1, "noise": 0, "size": 48, "seed": 0},

