@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_a_server_killed_in_mid_run_misses_nothing_and_gets_nothing_twice(server
             run.metrics({"loss": 1 / (step + 1)}, step)
             run.text(f"step {step}", f"notes/{step}.txt")
         server.kill()
+        run.dataset(pd.DataFrame({"class_id": ["00001"]}), str(tmp_path), "train", "training")
         run.curve([{"step": step, "lr": 0.1 * step} for step in range(1500)], "step/")
     sent = (run.folder / "spool.sent").read_text()
     assert int(sent) < (run.folder / "spool.jsonl").stat().st_size
@@ -56,7 +58,8 @@ def test_a_server_killed_in_mid_run_misses_nothing_and_gets_nothing_twice(server
     assert [(metric.step, metric.value) for metric in losses] == [(step, 1 / (step + 1)) for step in range(12)]
     assert len(client.get_metric_history(run.id, "step/lr")) == 1500
     assert len(client.list_artifacts(run.id, "notes")) == 12
-    assert client.get_run(run.id).info.status == "FINISHED"
+    ended = client.get_run(run.id)
+    assert ended.info.status == "FINISHED" and len(ended.inputs.dataset_inputs) == 1
 
 
 def test_a_record_sent_but_not_noted_is_not_counted_twice(store, tmp_path):
@@ -109,6 +112,12 @@ def test_a_dead_server_is_refused_in_one_line(tmp_path, monkeypatch):
         runs.start("dead", tmp_path).__enter__()
 
 
+def test_a_run_that_is_not_there_is_refused_in_one_line(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    with pytest.raises(InputError, match=r"opens no run: Run with id=0{32} not found$"):
+        runs.start("lost", tmp_path).__enter__()
+
+
 def test_system_metrics_are_recorded(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     with runs.start("system", tmp_path / "work") as run:
@@ -124,6 +133,31 @@ def test_a_dataset_is_an_input_with_its_digest(store, tmp_path, shop):
         run.dataset(table, str(shop), "train", "training")
     (used,) = store.get_run(run.id).inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("train", manifest.digest(table))
+
+
+def test_of_runs_that_start_at_once_none_is_refused(server, tmp_path, monkeypatch):
+    """They are the first to name an experiment and its datasets, each of them; MLflow's database takes one alone."""
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    mlflow.set_tracking_uri(server.uri)
+    tables = [pd.DataFrame({"class_id": [str(number)]}) for number in range(20)]
+    together, ended = threading.Barrier(4, timeout=60), []
+
+    def record(number: int) -> None:
+        together.wait()
+        with runs.start(f"run {number}", tmp_path / f"work {number}", monitored=False) as run:
+            for table in tables:
+                together.wait()
+                run.dataset(table, str(tmp_path), "train", "training")
+        ended.append(run.id)
+
+    threads = [threading.Thread(target=record, args=(number,)) for number in range(together.parties)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    client = MlflowClient()
+    assert [experiment.name for experiment in client.search_experiments()] == [runs.EXPERIMENT, "Default"]
+    inputs = [client.get_run(run_id).inputs.dataset_inputs for run_id in ended]
+    digests = {manifest.digest(table) for table in tables}
+    assert [{used.dataset.digest for used in of_run} for of_run in inputs] == [digests] * len(threads)
 
 
 def test_a_model_is_found_by_every_name_it_has(logged, store, monkeypatch):

@@ -18,6 +18,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from aliprod import InputError
+from tracking.spool import insistent
 
 EXTRACTOR = "aliprod-extractor"
 CLASSIFIER = "aliprod-classifier"
@@ -127,6 +128,7 @@ def succeed(source: ModelVersion, model: str, about: dict[str, Any], work: Path)
         return made
 
 
+@insistent
 def follow() -> None:
     """Sets all that follows from the extractor's champion: its tag, and the other aliases."""
     client = MlflowClient()

@@ -16,14 +16,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.data.pandas_dataset import from_pandas
-from mlflow.entities import DatasetInput
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from aliprod import InputError, manifest
-from tracking.spool import Spool, send_waiting
+from tracking.spool import Spool, away, insistent, send_waiting
 
 EXPERIMENT = "aliprod"  # for runs that `mlflow run` did not start
+RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}  # the kind whose page opens at the runs
 
 
 class Cut(Exception):
@@ -98,8 +98,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a local path could be read by more than one kind of source
             dataset = from_pandas(table, source=source, name=name, digest=manifest.digest(table))
-        tag = mlflow.entities.InputTag("mlflow.data.context", context)
-        self.spool.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), [tag])])
+        self.spool.put("dataset", values=dict(dataset._to_mlflow_entity()), context=context)
 
     def model(self, folder: Path, example: str, step: int) -> None:
         """The saved model in `folder` as the run's logged model, described by the metrics of `step`."""
@@ -131,7 +130,7 @@ def start(
 
     `join` is the id of one to go on recording, perhaps together with other processes. FINISHED, or FAILED with the
     reason in a tag, or KILLED by an interruption or a Cut. What earlier runs in `work` could not send is sent first.
-    Unless `monitored`, the system is not sampled. InputError if the tracking server does not answer.
+    Unless `monitored`, the system is not sampled. InputError if the tracking server does not answer or refuses.
     """
     # A dead server would otherwise hold up training for minutes at every report; the spool waits instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -140,14 +139,15 @@ def start(
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     client = MlflowClient()
     try:
-        given = join or (None if parent else os.environ.get("MLFLOW_RUN_ID"))
-        run_id = given or _create(client, parent).info.run_id
+        run_id = join or (None if parent else os.environ.get("MLFLOW_RUN_ID"))
+        experiment = _experiment(client, run_id or (parent.id if parent else None))
+        nested = {"mlflow.parentRunId": parent.id} if parent else None
+        run_id = run_id or client.create_run(experiment, tags=nested).info.run_id
         client.update_run(run_id, "RUNNING", name)
-        experiment = client.get_run(run_id).info.experiment_id
-        client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")  # opens at the runs
     except MlflowException as error:
-        uri = mlflow.get_tracking_uri()
-        raise InputError(f"the tracking server {uri} does not answer: {str(error).splitlines()[0][:200]}") from None
+        what = "does not answer" if away(error) else "opens no run"
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"the tracking server {mlflow.get_tracking_uri()} {what}: {reason}") from None
     send_waiting(work)
     run = Run(run_id, work / "runs" / (f"{run_id}-{os.getpid()}" if join else run_id))
     run.tags({"git": git_state(), **(tags or {})})
@@ -211,13 +211,20 @@ class _SystemMetrics(SystemMetricsMonitor):
         self._process.join()
 
 
-def _create(client: MlflowClient, parent: Run | None) -> Any:
-    if parent:
-        experiment_id = client.get_run(parent.id).info.experiment_id
-        return client.create_run(experiment_id, tags={"mlflow.parentRunId": parent.id})
+@insistent
+def _experiment(client: MlflowClient, run_id: str | None) -> str:
+    """Id of the experiment of a run, or else of the one that the environment names, made where there is none."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    experiment = client.get_experiment_by_name(name)
-    return client.create_run(experiment.experiment_id if experiment else client.create_experiment(name))
+    experiment = (
+        client.get_experiment(client.get_run(run_id).info.experiment_id)
+        if run_id
+        else client.get_experiment_by_name(name)
+    )
+    if not experiment:
+        return client.create_experiment(name, tags=RUNS_FIRST)
+    for key, value in RUNS_FIRST.items() - experiment.tags.items():
+        client.set_experiment_tag(experiment.experiment_id, key, value)
+    return experiment.experiment_id
 
 
 def _key(key: str) -> str:

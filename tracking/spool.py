@@ -7,14 +7,16 @@ sending and noting it is harmless to repeat (metrics carry their time, a model i
 """
 
 import fcntl
+import functools
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from aliprod.atomic import replacing
@@ -22,6 +24,32 @@ from tracking import models
 
 PATIENCE = 30  # seconds between two attempts to reach a server that did not answer
 BATCH = 1000  # metrics in one request; MLflow's limit
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+def away(error: MlflowException) -> bool:
+    """Whether the server could not be reached or could not do it now, rather than refused."""
+    return error.get_http_status_code() >= 500
+
+
+def insistent(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """The same call, made once more if it is refused; it must be harmless to repeat.
+
+    Of two clients that are the first to name the same dataset, tag or experiment at the same time, MLflow's database
+    refuses one, whose second attempt finds what the other has made. A server that is away is not asked again.
+    """
+
+    @functools.wraps(call)
+    def calling(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        try:
+            return call(*args, **kwargs)
+        except MlflowException as error:
+            if away(error):
+                raise
+            return call(*args, **kwargs)
+
+    return calling
 
 
 class Spool:
@@ -58,7 +86,7 @@ class Spool:
                 try:
                     self._deliver(json.loads(line))
                 except MlflowException as error:
-                    if error.get_http_status_code() >= 500:
+                    if away(error):
                         self._next_attempt = time.monotonic() + PATIENCE
                         return False
                     with (self.folder / "refused.jsonl").open("ab") as refused:
@@ -75,6 +103,7 @@ class Spool:
         self._file.close()
         return done
 
+    @insistent
     def _deliver(self, record: dict[str, Any]) -> None:
         match record:
             case {"kind": "metrics", "values": values}:
@@ -86,6 +115,9 @@ class Spool:
                 self.client.log_batch(self.run_id, params=[Param(*value) for value in values.items()])
             case {"kind": "tags", "values": values}:
                 self.client.log_batch(self.run_id, tags=[RunTag(*value) for value in values.items()])
+            case {"kind": "dataset", "values": values, "context": context}:
+                tags = [InputTag("mlflow.data.context", context)]
+                self.client.log_inputs(self.run_id, [DatasetInput(Dataset(**values), tags)])
             case {"kind": "artifact", "path": path, "folder": folder}:
                 self.client.log_artifact(self.run_id, path, folder)
             case {"kind": "model", "folder": folder, "example": example, "step": step}:
