@@ -151,11 +151,20 @@ def rounds(results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str] 
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown, numbers with four decimals, "" for what is not known."""
-    cells = table.map(lambda value: f"{value:.4f}" if isinstance(value, float) and value < 1 else str(value))
-    cells = cells.mask(table.isna(), "")
-    marks = ["---:" if pd.api.types.is_numeric_dtype(kind) else "---" for kind in table.dtypes]
+    """A table as Markdown, fractional numbers with four decimals below 100 and none above, "" for what is not known.
+
+    A column most of whose cells begin as numbers do, be they formatted already, is aligned to the right.
+    """
+    cells = table.map(_cell).mask(table.isna(), "")
+    marks = [
+        "---:" if column.str.match(r"[-+]?\d").sum() > (column != "").sum() / 2 else "---"
+        for _, column in cells.items()
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in [list(table.columns), marks, *cells.to_numpy().tolist()])
+
+
+def _cell(value: Any) -> str:
+    return (f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}") if isinstance(value, float) else str(value)
 
 
 def rounds_figure(table: pd.DataFrame) -> Figure:

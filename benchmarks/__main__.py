@@ -1,6 +1,7 @@
 """Command line of the benchmarks: runs those named, or all, and prints a Markdown table for each."""
 
 import argparse
+import inspect
 from pathlib import Path
 
 from aliprod import InputError
@@ -36,7 +37,6 @@ BENCHMARKS = {
     "tuning": tuning.measure,
     "unknown": unknown.measure,
 }
-WITHOUT_DATA = ("manifest", "metrics", "cleaning")  # they make up their own tables
 
 
 def main() -> None:
@@ -44,16 +44,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; none: all")
     parser.add_argument("--data", default="demo", help="a folder laid out as AliProducts is; default: the demo's")
-    parser.add_argument("--limit", type=int, help="photographs, records or predictions used, at least 64")
+    parser.add_argument(
+        "--limit", type=int, help="photographs, records or predictions used, at least 64; hierarchy and unknown use all"
+    )
     options = parser.parse_args()
-    if unknown := [name for name in options.names if name not in BENCHMARKS]:
-        parser.exit(2, f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}\n")
+    if wrong := [name for name in options.names if name not in BENCHMARKS]:
+        parser.exit(2, f"no benchmark {', '.join(wrong)}; there are {', '.join(BENCHMARKS)}\n")
     if options.limit is not None and options.limit < 64:
         parser.exit(2, f"--limit {options.limit}: must be at least 64, two batches\n")
     try:
         for name in options.names or BENCHMARKS:
-            arguments = {} if name in WITHOUT_DATA else {"data": data_folder(options.data, Path("work"))}
-            if options.limit is not None:
+            taken = inspect.signature(BENCHMARKS[name]).parameters
+            arguments = {"data": data_folder(options.data, Path("work"))} if "data" in taken else {}
+            if options.limit is not None and "limit" in taken:
                 arguments["limit"] = options.limit
             for table in BENCHMARKS[name](**arguments):
                 print(table, flush=True)

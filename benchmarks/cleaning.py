@@ -19,6 +19,7 @@ from aliprod import assembly, catalogue, cleaning, crossfit, manifest, metrics, 
 from aliprod.model import Saved
 from aliprod.prediction import predict_table
 from aliprod.recipe import Round, read
+from benchmarks.tables import titled
 from entrypoints.command import recipe_path
 
 SEEDS, NOISE = (0, 1, 2), 0.2  # of the catalogues
@@ -129,15 +130,8 @@ def _table(rows: pd.DataFrame) -> str:
     columns = {"precision": 2, "recall": 2, "f1": 2, "dropped": 2, "MAP": 3, "gain": 3, "cost": 1}
     groups = rows.groupby(level=[0, 1, 2], sort=False)[list(columns)]
     means, spreads = groups.mean(), groups.std().fillna(0.0)
-    lines = [
-        [*way, *(_cell(means.loc[way, name], spreads.loc[way, name], digits) for name, digits in columns.items())]
-        for way in means.index
-    ]
-    head = [["judge", "rule", "judged", *columns], ["---"] * 3 + ["---:"] * len(columns)]
+    shown = {name: f"{{:.{digits}f}}".format for name, digits in columns.items()}
+    cells = pd.DataFrame({name: means[name].map(f) + " ± " + spreads[name].map(f) for name, f in shown.items()})
     title = f"cleaning: {NOISE:.0%} of the labels wrong"
     notes = f"(mean ± standard deviation over {len(SEEDS)} catalogues; gain is of MAP, by catalogue)"
-    return "\n".join([f"**{title}** {notes}", "", *(f"| {' | '.join(line)} |" for line in head + lines), ""])
-
-
-def _cell(mean: float, spread: float, digits: int) -> str:
-    return "" if np.isnan(mean) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
+    return titled(f"**{title}** {notes}", cells.mask(means.isna()).rename_axis(["judge", "rule", "judged"]))

@@ -26,6 +26,7 @@ from aliprod.prediction import recognise
 from aliprod.recipe import Round
 from benchmarks.hierarchy import material
 from benchmarks.stopwatch import race
+from benchmarks.tables import titled
 from entrypoints.command import recipe_path
 
 SHARE = 0.2  # of the classes, held out of training
@@ -56,9 +57,9 @@ class Draw:
     held: list[str]
 
 
-def measure(data: Path, limit: int = 0) -> Iterator[str]:
+def measure(data: Path, limit: int = MANY) -> Iterator[str]:
     """Yields top-1 by photographs a class, what the gallery's parts are worth, what an enrolment costs, and FAISS
-    against the exact search; draws the first as docs/enrolment.png. `limit`: of the prototypes searched, else MANY."""
+    against the exact search; draws the first as docs/enrolment.png. `limit`: of the prototypes searched."""
     row = recipe.read(recipe_path("grocery")).row("frozen")
     model, source, _ = material(row, data)
     tree = taxonomy.read(data / "product_tree.json")
@@ -74,7 +75,7 @@ def measure(data: Path, limit: int = 0) -> Iterator[str]:
     yield by_shots(table)
     yield parts(table)
     yield cost(model, one, classes, tree, data)
-    yield searching(limit or MANY)
+    yield searching(limit)
 
 
 def draw(
@@ -163,25 +164,25 @@ def enrolled(gallery: Gallery, draw: Draw, rows: np.ndarray, places: list[int] |
 
 def by_shots(table: pd.DataFrame) -> str:
     """Markdown: a row a number of photographs, means and standard deviations over the draws."""
-    columns = [(way, kind) for way in ("gallery", "both", "one") for kind in ("enrolled", "trained")]
-    lines = [f"| photographs | {' | '.join(f'{WAYS[way]}: {kind}' for way, kind in columns)} |"]
-    lines.append("|---:|" + "---:|" * len(columns))
-    for shots in (0, *SHOTS):
-        cells = [_cell(table, way, shots, kind) for way, kind in columns]
-        lines.append(f"| {shots} | {' | '.join(cells)} |")
+    columns = {
+        f"{WAYS[way]}: {kind}": [_cell(table, way, shots, kind) for shots in (0, *SHOTS)]
+        for way in ("gallery", "both", "one")
+        for kind in ("enrolled", "trained")
+    }
     title = f"**enrolment: top-1 among all classes** ({DRAWS} draws of {SHARE:.0%} of the classes held out)"
-    return "\n".join([title, "", *lines, ""])
+    return titled(title, pd.DataFrame(columns, index=pd.Index([0, *SHOTS], name="photographs")))
 
 
 def parts(table: pd.DataFrame) -> str:
     """Markdown: a row a way, with 1 and with 8 photographs a class."""
-    columns = [(shots, kind) for shots in (1, 8) for kind in ("enrolled", "trained")]
-    lines = [f"| way | {' | '.join(f'{shots}: {kind}' for shots, kind in columns)} |", "|---|" + "---:|" * len(columns)]
-    for way in ("both", "flat", "even"):
-        lines.append(f"| {WAYS[way]} | {' | '.join(_cell(table, way, *column) for column in columns)} |")
-    return "\n".join(
-        ["**enrolment: what the gallery's parts are worth** (top-1 by photographs a class)", "", *lines, ""]
-    )
+    ways = {way: WAYS[way] for way in ("both", "flat", "even")}
+    columns = {
+        f"{shots}: {kind}": [_cell(table, way, shots, kind) for way in ways]
+        for shots in (1, 8)
+        for kind in ("enrolled", "trained")
+    }
+    title = "**enrolment: what the gallery's parts are worth** (top-1 by photographs a class)"
+    return titled(title, pd.DataFrame(columns, index=pd.Index(ways.values(), name="way")))
 
 
 def figure(table: pd.DataFrame) -> Figure:

@@ -25,6 +25,7 @@ from aliprod.prediction import predict
 from aliprod.recipe import Round
 from aliprod.taxonomy import Levels
 from benchmarks.stopwatch import race
+from benchmarks.tables import titled
 from entrypoints.command import recipe_path
 
 FOLDS = 5
@@ -42,7 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(data: Path, limit: int = 0) -> Iterator[str]:
+def measure(data: Path) -> Iterator[str]:
     """Yields a table for the data as it is and for it long-tailed, each also with adjusted logits; and the cost."""
     row = recipe.override(
         recipe.read(recipe_path("grocery")).row("frozen"), "hierarchy=none tree_smoothing=0 logit_adjustment=0"
@@ -130,14 +131,13 @@ def compare(
     half = stats.t.ppf(0.975, FOLDS - 1) / FOLDS**0.5
     coarse = [f"level_{level}_accuracy" for level in range(1, len(levels.sizes))]
     columns = ["map", "tail", *coarse, "consistency", "severity", "distance", "safe_severity", "safe_distance"]
-    head = ["way", "MAP", "against flat", "tail MAP", *(f"level {level}" for level in range(1, len(levels.sizes)))]
-    lines = [f"| {' | '.join([*head, *columns[-5:]])} |", "|---|" + "---:|" * (len(head) + 4)]
-    for way, row in table.groupby("way", sort=False)[columns].mean().iterrows():
-        difference = wide[way] - wide["flat"]
-        against = f"{difference.mean():+.4f} ± {half * difference.std():.4f}"
-        cells = [f"{row['map']:.4f}", against, *(f"{row[name]:.4f}" for name in columns[1:])]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
-    return "\n".join([f"**hierarchy: {title}** (means of {FOLDS} folds)", "", *lines, ""])
+    names = {name: name.removesuffix("_accuracy").replace("_", " ") for name in coarse}
+    names |= {"map": "MAP", "tail": "tail MAP"}
+    rows = table.groupby("way", sort=False)[columns].mean().rename(columns=names)
+    difference = wide.sub(wide["flat"], axis=0)[rows.index]
+    against = [f"{mean:+.4f} ± {half * spread:.4f}" for mean, spread in difference.agg(["mean", "std"]).T.to_numpy()]
+    rows.insert(1, "against flat", against)
+    return titled(f"**hierarchy: {title}** (means of {FOLDS} folds)", rows)
 
 
 def cost(num_classes: int = 50_030, batch: int = 64) -> Iterator[str]:

@@ -27,6 +27,7 @@ from benchmarks.finetune import Task
 from benchmarks.images import seed_opened
 from benchmarks.metrics import seed_gap, seed_map
 from benchmarks.stopwatch import Race, race
+from benchmarks.tables import titled
 
 FREQUENT = (0.5, 1.0)  # quantiles of the classes by their photographs: the more frequent half
 ROUNDS = (
@@ -178,14 +179,13 @@ def table(title: str, races: list[Race], scores: dict[str, list[dict[str, float]
     seconds = [*(held.seconds for held in races), sum(held.seconds for held in races)]
     ratios = [frame.div(frame.iloc[:, 0], axis=0).median() for frame in seconds]
     names = [f"round {row.name}" for row in ROUNDS]
-    heads = ["way", *names, "times ours", "seconds", "MAP", "GAP", "MAP as claimed", "GAP as claimed"]
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    rows = pd.DataFrame(dict(zip([*names, "times ours"], ratios, strict=True))).map("{:.2f}".format)
+    rows["seconds"] = seconds[-1].median().map("{:.1f}".format)
     for way, course in races[-1].results.items():
-        true, claimed = scores[way][course.kept], course.claims[course.kept]
-        cells = [f"{ratio[way]:.2f}" for ratio in ratios] + [f"{seconds[-1][way].median():.1f}"]
-        cells += [f"{values[name]:.3f}" for values in (true, claimed) for name in ("map", "gap")]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
-    return "\n".join([f"**{title}** (median of {len(seconds[0])} races)", "", *lines, ""])
+        for claim, values in {"": scores[way], " as claimed": course.claims}.items():
+            for name in ("map", "gap"):
+                rows.loc[way, f"{name.upper()}{claim}"] = f"{values[course.kept][name]:.3f}"
+    return titled(f"**{title}** (median of {len(seconds[0])} races)", rows.rename_axis("way"))
 
 
 def figure(races: list[Race], scores: dict[str, list[dict[str, float]]]) -> Figure:

@@ -13,11 +13,13 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 
 from aliprod import assembly, manifest
 from aliprod.model import load
 from aliprod.prediction import recognise
 from aliprod.recipe import Round
+from benchmarks.tables import titled
 from tracking import models, parts
 
 REQUESTS = 200
@@ -87,7 +89,7 @@ def timed(work: Callable[[Any], Any], requests: list[Any], at_once: int) -> tupl
 def table(rounds: list[dict[str, np.ndarray]], size: int) -> str:
     """Markdown: images a second and seconds a request, in brackets the median over the rounds of their ratios to the
     bare model's. It answers requests that come at once one after the other, so the last of them waits for all."""
-    lines = [f"| requests of {size} | images/s | p50, s | p99, s |", "|---|---:|---:|---:|"]
+    rows = {}
     for way, served, since in (("one by one", "served", 1), (f"{REQUESTS} at once", "crowd", 0)):
         bare, ours = (
             np.array(
@@ -99,9 +101,9 @@ def table(rounds: list[dict[str, np.ndarray]], size: int) -> str:
             for name in ("bare", served)
         )
         plain, medians, ratios = np.median(bare, axis=0), np.median(ours, axis=0), np.median(ours / bare, axis=0)
-        lines.append(f"| the bare model, {way} | " + " | ".join(f"{value:.3g}" for value in plain) + " |")
-        cells = (f"{value:.3g} ({ratio:.2f})" for value, ratio in zip(medians, ratios, strict=True))
-        lines.append(f"| served, {way} | " + " | ".join(cells) + " |")
+        rows[f"the bare model, {way}"] = [f"{value:.3g}" for value in plain]
+        rows[f"served, {way}"] = [f"{value:.3g} ({ratio:.2f})" for value, ratio in zip(medians, ratios, strict=True)]
     notes = f"median of {len(rounds)} rounds; in brackets times the bare model's"
     title = f"**serving: {REQUESTS} requests, none lost** ({notes})"
-    return "\n".join([title, "", *lines, ""])
+    cells = pd.DataFrame.from_dict(rows, orient="index", columns=["images/s", "p50, s", "p99, s"])
+    return titled(title, cells.rename_axis(f"requests of {size}"))

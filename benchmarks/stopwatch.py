@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.tables import titled
+
 
 @dataclass(frozen=True)
 class Race:
@@ -20,12 +22,9 @@ class Race:
     def table(self, title: str, notes: dict[str, str]) -> str:
         """Markdown: a row a way with its median seconds, the median over the rounds of its ratio to ours, its note."""
         ratios = self.seconds.div(self.seconds.iloc[:, 0], axis=0).median()
-        lines = [
-            f"| {way} | {_figures(seconds)} | {_figures(ratios[way])} | {notes[way]} |"
-            for way, seconds in self.seconds.median().items()
-        ]
-        head = ["| way | seconds | times ours | result |", "|---|---:|---:|---|"]
-        return "\n".join([f"**{title}** (median of {len(self.seconds)} rounds)", "", *head, *lines, ""])
+        seconds = self.seconds.median()
+        rows = pd.DataFrame({"seconds": seconds.map(_figures), "times ours": ratios.map(_figures), "result": notes})
+        return titled(f"**{title}** (median of {len(self.seconds)} rounds)", rows.rename_axis("way"))
 
 
 def race(ways: dict[str, Callable[[], Any]], rounds: int = 3) -> Race:

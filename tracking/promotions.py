@@ -17,7 +17,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from aliprod import InputError, assembly, manifest, metrics, model, taxonomy, yardstick
+from aliprod import InputError, assembly, manifest, metrics, model, report, taxonomy, yardstick
 from aliprod.prediction import recognise
 from tracking import models, registry
 from tracking.runs import Run
@@ -108,12 +108,9 @@ def markdown(verdict: dict[str, Any]) -> str:
     """A verdict for people."""
     ours, theirs = verdict["candidate"], verdict["champion"] or {}
     word = f"would be {verdict['decision']} (dry run)" if verdict["dry_run"] else verdict["decision"]
-    lines = [f"run {ours['run']} {word}: {'; '.join(verdict['reasons'])}", "", "| | candidate | champion |"]
-    lines += ["|---|---:|---:|"]
-    for name, value in ours.items():
-        cells = [f"{one:.4g}" if isinstance(one, float) else str(one) for one in (value, theirs.get(name, ""))]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    sides = pd.DataFrame({"candidate": ours, "champion": {name: theirs.get(name) for name in ours}})
+    table = report.markdown(sides.reset_index(names=""))
+    return f"run {ours['run']} {word}: {'; '.join(verdict['reasons'])}\n\n{table}"
 
 
 def _judge(found: list[str], version: Any, ground: Ground, limits: Limits, work: Path) -> dict[str, Any]:

@@ -114,8 +114,8 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
 def log_evaluation(run: Run, evaluation: report.Evaluation, step: int = 0) -> None:
     """Scores as metrics and in the run's description, tables and figures as artifacts."""
     run.metrics(evaluation.scores, step)
-    cells = [f"{name} | {value:.4f}" for name, value in evaluation.scores.items()]
-    run.tags({"mlflow.note.content": "\n".join(["score | value", "--- | ---:", *cells])})
+    scores = pd.DataFrame(evaluation.scores.items(), columns=["score", "value"])
+    run.tags({"mlflow.note.content": report.markdown(scores)})
     run.table(evaluation.predictions, "predictions.parquet")
     run.table(evaluation.per_class, "per_class.csv")
     run.table(evaluation.select_list, "select_list.csv")
