@@ -56,6 +56,8 @@ class Cleaning(_Row):
     def _possible(self) -> "Cleaning":
         if self.rule == "disagreement" and self.votes > len(self.models):
             raise ValueError(f"votes {self.votes}: there are only {len(self.models)} models to vote")
+        if self.name == "dropped":
+            raise ValueError("name 'dropped': so is the table called of what was dropped")
         if self.folds == 1:
             raise ValueError("folds 1: one part has no others to learn from; 0, or at least 2")
         return self

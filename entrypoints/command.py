@@ -25,7 +25,8 @@ class _Parser(argparse.ArgumentParser):
 def command(main: Callable[..., None]) -> None:
     """Runs `main` with --name value options as its signature has them, checked against its annotations.
 
-    A user's mistake ends in one line and exit status 2, a stop in one line and 130; else 0 or a traceback.
+    A user's mistake, or a server that is away, ends in one line and exit status 2, a stop in one line and 130; else 0
+    or a traceback.
     """
     interruption.raise_on_signals()
     parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
@@ -44,6 +45,12 @@ def command(main: Callable[..., None]) -> None:
         _exit(2, f"{first['loc'][0]} {first['input']!r}: {first['msg']}")
     except (InputError, OSError) as error:
         _exit(2, str(error))
+    except Exception as error:
+        from tracking.spool import away  # of MLflow, which takes a second to import and not every command needs
+
+        if not away(error):
+            raise
+        _exit(2, f"the tracking server does not answer: {str(error).splitlines()[0]}")
     except KeyboardInterrupt as stop:
         _exit(130, f"stopped{stop}")
 

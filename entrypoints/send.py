@@ -9,8 +9,8 @@ from tracking.spool import send_waiting
 def main(work: Path) -> None:
     """work: the folder of the runs."""
     results = send_waiting(work)
-    for run_id, done in results.items():
-        print(f"run {run_id}: {'sent' if done else 'the tracking server is still away'}")
+    for run_id, outcome in results.items():
+        print(f"run {run_id}: {outcome}")
     print(f"{len(results)} runs had something to send")
 
 

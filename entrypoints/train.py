@@ -27,7 +27,8 @@ def main(
         try:
             evaluation = rounds.train(run, job, work, resume)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"; go on with: mlflow run . -e train -P resume={run.id}") from None
+            command = f"mlflow run . -e train --env-manager local -P resume={run.id} -P work={work}"
+            raise KeyboardInterrupt(f"; go on with: {command}") from None
     print(rounds.summary(run, evaluation))
     print("browse:    make server")
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pydantic import NonNegativeInt
+
 from aliprod import interruption
 from aliprod.recipe import read
 from entrypoints.command import command, data_folder, recipe_path
@@ -19,7 +21,7 @@ def main(
     pruner: str,
     overrides: str,
     minutes: float,
-    seed: int,
+    seed: NonNegativeInt,
     work: Path,
 ) -> None:
     """recipe: a name or a .toml file; round: of it, else the first with a [[tune]] table; data: a folder, or demo;

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -146,7 +147,8 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny, shop, store, tmp_p
     assert process.returncode == 130
     (killed,) = store.search_runs(["1"])
     assert killed.info.status == "KILLED"
-    assert said.endswith(f"mlflow run . -e train -P resume={killed.info.run_id}")
+    command = f"mlflow run . -e train --env-manager local -P resume={killed.info.run_id} -P work={tmp_path / 'work'}"
+    assert said.endswith(command)
     train.main(**arguments(resume=killed.info.run_id, work=tmp_path / "work"))
     resumed = store.search_runs(["1"])[0]
     assert resumed.info.status == "FINISHED" and resumed.data.tags["aliprod.resumed_from"] == killed.info.run_id
@@ -217,6 +219,18 @@ DEFAULTS = {
     "demo_data": {"output": "demo", "departments": 1, "categories": 1, "brands": 1, "products": 2, "images": 2,
                   "imbalance": 1, "val_images": 1, "noise": 0, "size": 48, "seed": 0},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("reap", {"minutes": 1, "experiment": "", "dry_run": False}), ("rollback", {})]
+)
+def test_a_server_that_is_away_is_one_line_and_exit_2(name, given, tmp_path):
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    command = [sys.executable, "-m", f"entrypoints.{name}", *options(**given, work=tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert re.match("the tracking server .*does not answer: API request", line)
 
 
 @pytest.mark.parametrize(("name", "given", "message"), MISTAKES.values(), ids=MISTAKES)

@@ -205,6 +205,11 @@ def test_impossible_cleanings_are_refused(refusal, lines, words):
     assert refusal(f"{ROUND}{CLEAN}{lines}\n").startswith(words)
 
 
+def test_a_cleaning_is_not_called_as_its_list_of_suspects(refusal):
+    taken = f'{ROUND}[[clean]]\nname = "dropped"\nmodels = ["a"]\n'
+    assert refusal(taken) == "clean 1: name 'dropped': so is the table called of what was dropped"
+
+
 def test_a_cleaning_may_not_share_a_rounds_name(refusal):
     assert refusal(ROUND + '[[clean]]\nname = "a"\nmodels = ["a"]\n').startswith("names must differ: a stands")
 

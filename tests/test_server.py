@@ -22,11 +22,12 @@ import sqlalchemy
 import yaml
 from conftest import ROOT
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.server import get_app_client
 
 from aliprod import InputError, recipe
 from entrypoints import reap
-from tracking import migration, reaping, runs, server, spool
+from tracking import migration, reaping, registry, runs, server, spool
 
 OLD = 1_700_000_000_000  # milliseconds
 
@@ -151,6 +152,52 @@ def test_nobody_gets_in_without_the_password_or_by_a_foreign_name(team):
         urllib.request.urlopen(url)
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(urllib.request.Request(url, headers={"Host": "evil.example"}))
+
+
+def test_nobody_starts_the_database_a_second_time(team):
+    with pytest.raises(InputError, match=r"folder \S+: its server is running"), server.postgresql(team.folder):
+        raise AssertionError("it started")
+    finished = subprocess.run(
+        [sys.executable, "-m", "tracking.server", "--folder", "/dev/null/team"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 1 and finished.stderr == "[Errno 20] Not a directory: '/dev/null/team'\n"
+
+
+def test_who_is_no_administrator_promotes_and_takes_back(team, client, monkeypatch, tmp_path):
+    """In a registry of names of its own, as models.py knows two alone."""
+    for name in ("EXTRACTOR", "CLASSIFIER"):
+        monkeypatch.setattr(registry, name, f"{name.lower()}-of-users")
+    monkeypatch.setattr(registry, "USES", {registry.EXTRACTOR: "", registry.CLASSIFIER: ""})
+    users = get_app_client("basic-auth", tracking_uri=team.uri)
+    users.create_user("first", "first's password")
+    users.create_user("second", "second's password")
+    models = []
+    for name in ("one", "other"):
+        with runs.start(name, tmp_path / "work") as run:
+            model = client.create_logged_model(client.get_run(run.id).info.experiment_id, source_run_id=run.id)
+            client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
+            (tmp_path / "saved").mkdir(exist_ok=True)
+            (tmp_path / "saved" / "MLmodel").write_text("flavors: {}\n")
+            client.log_model_artifacts(model.model_id, str(tmp_path / "saved"))
+            client.finalize_logged_model(model.model_id, "READY")
+        models.append(model.model_id)
+
+    def become(user: str) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", f"{user}'s password")
+
+    become("first")
+    assert registry.champion() is None
+    registry.follow()
+    assert registry.crown(models[0], None, {}, "", tmp_path)
+    assert registry.crown(models[1], registry.champion(), {}, "", tmp_path)
+    become("second")
+    left, back = registry.rollback(tmp_path)
+    assert (left.version, back.version) == ("2", "1") and registry.champion().version == "1"
+    registry.follow()
+    third = registry.crown(models[1], registry.champion(), {}, "", tmp_path)
+    assert third and registry.champion().version == third.version
 
 
 def test_a_run_goes_to_postgresql_and_s3_and_comes_back_equal(team, client, tmp_path):

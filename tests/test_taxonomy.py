@@ -207,10 +207,10 @@ WIDE_PATHS = {str(label): [str(label // 3000), f"{label // 60}", "brand", "leaf"
     ids=["5,000 levels of edges", "5,000 levels of paths", "60,000 classes"],
 )
 def test_deep_and_wide_trees_neither_recurse_nor_crawl(read, tmp_path, tree, num_nodes, depth, class_id, path):
-    start = time.perf_counter()
+    start = time.process_time()
     found = read(tree)
     assert (len(found), found.depths().max()) == (num_nodes, depth)
     assert found.describe(pd.Series([class_id]))["path"].item() == " > ".join(path)
     found.to_frame().to_csv(tmp_path / "tree.csv", index=False)
     pd.testing.assert_frame_equal(taxonomy.read_csv(tmp_path / "tree.csv").to_frame(), found.to_frame())
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

@@ -9,12 +9,17 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pandas as pd
 import pytest
+import requests
+from botocore.exceptions import EndpointConnectionError
 from conftest import Server
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2
 
 from aliprod import InputError, assembly, manifest, model
 from aliprod.prediction import recognise
@@ -51,7 +56,7 @@ def test_a_server_killed_in_mid_run_misses_nothing_and_gets_nothing_twice(server
     sent = (run.folder / "spool.sent").read_text()
     assert int(sent) < (run.folder / "spool.jsonl").stat().st_size
     server.start()
-    assert spool.send_waiting(tmp_path / "work") == {run.id: True}
+    assert spool.send_waiting(tmp_path / "work") == {run.id: "sent"}
     assert spool.send_waiting(tmp_path / "work") == {}
     client = MlflowClient()
     losses = client.get_metric_history(run.id, "loss")
@@ -66,7 +71,7 @@ def test_a_record_sent_but_not_noted_is_not_counted_twice(store, tmp_path):
     with runs.start("twice", tmp_path / "work") as run:
         run.metrics({"loss": 0.5}, 1)
     (run.folder / "spool.sent").unlink()  # as if the process had died before noting anything
-    assert spool.send_waiting(tmp_path / "work") == {run.id: True}
+    assert spool.send_waiting(tmp_path / "work") == {run.id: "sent"}
     assert len(store.get_metric_history(run.id, "loss")) == 1
 
 
@@ -116,6 +121,51 @@ def test_a_run_that_is_not_there_is_refused_in_one_line(store, tmp_path, monkeyp
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     with pytest.raises(InputError, match=r"opens no run: Run with id=0{32} not found$"):
         runs.start("lost", tmp_path).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MlflowException("", error_code=databricks_pb2.TEMPORARILY_UNAVAILABLE), True),
+        (MlflowException("", error_code=databricks_pb2.BAD_REQUEST), False),
+        (requests.ConnectionError(), True),
+        (requests.HTTPError(response=SimpleNamespace(status_code=503)), True),
+        (requests.HTTPError(response=SimpleNamespace(status_code=413)), False),
+        (EndpointConnectionError(endpoint_url="http://s3"), True),
+        (FileNotFoundError("gone.png"), False),
+    ],
+    ids=str,
+)
+def test_away_is_who_does_not_answer_and_not_who_refuses(error, expected):
+    assert spool.away(error) == expected
+
+
+def test_what_cannot_be_sent_stops_neither_the_run_nor_the_next(store, tmp_path, capsys):
+    with runs.start("lost", tmp_path / "work") as run:
+        run.spool.put("artifact", path=str(tmp_path / "gone.png"), folder=None)
+        run.metrics({"loss": 0.5}, 1)
+    assert "refused a record" in capsys.readouterr().out
+    with runs.start("next", tmp_path / "work") as later:
+        later.metrics({"loss": 0.25}, 1)
+    ended = [store.get_run(run_id) for run_id in (run.id, later.id)]
+    assert [(one.info.status, one.data.metrics["loss"]) for one in ended] == [("FINISHED", 0.5), ("FINISHED", 0.25)]
+
+
+def test_what_waits_for_another_server_goes_to_that_one_alone(server, empty_store, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    mlflow.set_tracking_uri(server.uri)
+    with runs.start("waits", tmp_path / "work", monitored=False) as run:
+        server.kill()
+        run.params({"lr": 0.1})
+    mlflow.set_tracking_uri(f"sqlite:///{empty_store}")
+    waiting = {run.id: f"waits for MLFLOW_TRACKING_URI={server.uri}"}
+    assert spool.send_waiting(tmp_path / "work") == waiting
+    server.start()
+    assert spool.send_waiting(tmp_path / "work") == waiting
+    mlflow.set_tracking_uri(server.uri)
+    assert spool.send_waiting(tmp_path / "work") == {run.id: "sent"}
+    assert MlflowClient().get_run(run.id).data.params == {"lr": "0.1"}
 
 
 def test_system_metrics_are_recorded(store, tmp_path, monkeypatch):
@@ -174,6 +224,34 @@ def test_a_model_is_found_by_every_name_it_has(logged, store, monkeypatch):
 @pytest.mark.parametrize("name", ["nowhere", "0" * 32, "models:/none@champion", "runs:/x/model", "newest"])
 def test_a_model_that_is_not_there_is_refused(store, name):
     with pytest.raises(InputError, match=f"model '.*{name[:5]}.*not found"):
+        models.fetch(name)
+
+
+def test_a_model_whose_upload_broke_off_is_sent_again(logged, store, tmp_path, monkeypatch):
+    upload = MlflowClient.log_model_artifacts
+
+    def cut(*given: object) -> None:
+        monkeypatch.setattr(MlflowClient, "log_model_artifacts", upload)
+        raise MlflowException("it went away", error_code=databricks_pb2.TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(spool, "PATIENCE", 0.0)
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", cut)
+    with runs.start("cut", tmp_path / "work") as run:
+        run.model(logged.folder / "model", str(next(logged.folder.glob("example.*"))), step=0)
+        assert models.logged(store.get_run(run.id)) is None
+    assert len(store.get_run(run.id).outputs.model_outputs) == 2
+    expected = model.weights_digest(model.load(logged.folder / "model").model)
+    assert model.weights_digest(models.load(run.id).model) == expected
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, ""), (0, "none"), (2, "two")])
+def test_a_folder_of_no_or_of_several_models_is_refused(store, tmp_path, number, name):
+    for count in range(number):
+        (tmp_path / "two" / str(count)).mkdir(parents=True)
+        (tmp_path / "two" / str(count) / "config.json").touch()
+    (tmp_path / "none").mkdir()
+    expected = f"model '{name}' is no single model of this project's: it holds {number} config.json"
+    with pytest.raises(InputError, match=expected if name else "model '' not found: give a saved folder, a run id"):
         models.fetch(name)
 
 

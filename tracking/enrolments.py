@@ -9,7 +9,6 @@ import shutil
 import time
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -49,7 +48,7 @@ def withdraw(run: Run, model: str, class_ids: list[str], files: list[str], work:
     version, source, saved = _source(model)
     gallery, gone = enrolment.withdraw(saved, class_ids, files)
     run.table(gone, "withdrawn.csv")
-    example = run.folder / "example.png"
+    example = run.folder / "blank.png"
     side = saved.model.preprocessing.image_size
     Image.new("RGB", (side, side), saved.model.preprocessing.fill).save(example)
     return gone, _log(run, source, gallery, version, str(example), work)
@@ -64,11 +63,11 @@ def carried(model: str) -> pd.DataFrame:
     folders = {}
     for run in gallery.enrolled["run"].unique():
         try:
-            folders[run] = mlflow.artifacts.download_artifacts(run_id=run, artifact_path=PHOTOGRAPHS)
+            folders[run] = models.download(run_id=run, artifact_path=PHOTOGRAPHS)
         except (MlflowException, OSError) as error:
             raise InputError(f"images {model!r}: run {run!r} has its photographs no more: {error}") from None
     rows = gallery.enrolled.itertuples()
-    files = [str(Path(folders[row.run]) / _name(row.sha256, row.file)) for row in rows]
+    files = [str(folders[row.run] / _name(row.sha256, row.file)) for row in rows]
     return gallery.enrolled.assign(file=files)[enrolment.COLUMNS]
 
 
@@ -103,11 +102,11 @@ def _log(
     run.model(folder, example, step=0)
     if not version:
         return run.id
-    outputs = MlflowClient().get_run(run.id).outputs
-    if not outputs or not outputs.model_outputs:
+    logged = models.logged(MlflowClient().get_run(run.id))
+    if not logged:
         raise InputError(f"the tracking server is away: {registry.CLASSIFIER} stays at version {version.version}")
     count = gallery.enrolled["class_id"].nunique()
-    made = registry.succeed(version, outputs.model_outputs[-1].model_id, {"enrolled": count}, work)
+    made = registry.succeed(version, logged, {"enrolled": count}, work)
     return f"models:/{registry.CLASSIFIER}/{made.version}"
 
 

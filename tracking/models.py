@@ -1,14 +1,17 @@
 """Logged models: from a saved folder to MLflow, and from any way of naming a model back to a folder."""
 
 import base64
+import functools
 import importlib.metadata
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from aliprod.model import Saved
 
 NAME = "model"
+PAGE = 50  # runs looked at in one request
 ROOT = Path(__file__).parents[1]
 # What aliprod.model, .images and .prediction import; a server installs these and nothing of training.
 SERVING = (
@@ -58,7 +62,7 @@ def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int)
     """Logs the saved model in `folder` as the run's model, once, in its served form. `step` is the step of the run's
     metrics that describe the model."""
     run = client.get_run(run_id)
-    if run.outputs and run.outputs.model_outputs:
+    if logged(run):
         return
     mlflow.set_experiment(experiment_id=run.info.experiment_id)  # or the model would end in the default one
     Model.log(
@@ -69,6 +73,14 @@ def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int)
         step=step,
         **form(folder, example),
     )
+
+
+def logged(run: Run) -> str | None:
+    """Id of the model that a run has logged; one whose upload broke off does not count."""
+    for output in run.outputs.model_outputs if run.outputs else ():
+        if MlflowClient().get_logged_model(output.model_id).status == LoggedModelStatus.READY:
+            return str(output.model_id)
+    return None
 
 
 def form(folder: str, example: str) -> dict[str, Any]:
@@ -99,25 +111,34 @@ def fetch(name: str) -> Path:
     InputError says what was looked for and not found.
     """
     local = Path(name)
-    if not local.is_dir():
+    if not name or not local.is_dir():
         try:
-            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=_uri(name)))
+            local = download(artifact_uri=_uri(name))
         except (MlflowException, OSError) as error:
             raise InputError(f"model {name!r} not found: {str(error).splitlines()[0]}") from None
-    found = next(local.glob("**/config.json"), None)
-    if found is None:
-        raise InputError(f"model {name!r} was not logged by this project: it holds no config.json")
-    return found.parent
+    found = list(local.glob("**/config.json"))
+    if len(found) != 1:
+        raise InputError(f"model {name!r} is no single model of this project's: it holds {len(found)} config.json")
+    return found[0].parent
+
+
+def download(**what: str) -> Path:
+    """An artifact, as of mlflow.artifacts.download_artifacts, in a folder that goes when this process ends."""
+    place = tempfile.mkdtemp(dir=_downloads().name)
+    return Path(mlflow.artifacts.download_artifacts(dst_path=place, **what))
+
+
+@functools.cache
+def _downloads() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="aliprod-")
 
 
 def _uri(name: str) -> str:
     run_id = newest({}, of_model=True) if name == "newest" else None
     if named := re.fullmatch(rf"(?:runs:/)?([0-9a-f]{{32}})(?:/{NAME})?", name):
         run_id = named[1]
-    if run_id:  # by the model's own id: the path below the run need not hold any file
-        outputs = MlflowClient().get_run(run_id).outputs
-        if outputs and outputs.model_outputs:
-            return f"models:/{outputs.model_outputs[-1].model_id}"
+    if run_id and (model := logged(MlflowClient().get_run(run_id))):
+        return f"models:/{model}"  # by its own id: the path below the run need not hold any file
     if not re.match(r"\w+:/", name):
         choices = f"a saved folder, a run id, runs:/<run id>/{NAME}, models:/<name>@<alias> or newest"
         raise InputError(f"model {name!r} not found: give {choices}")
@@ -127,11 +148,15 @@ def _uri(name: str) -> str:
 def newest(tags: dict[str, Any], of_model: bool = False) -> str | None:
     """Run id of the newest finished run, of any experiment, that carries these tags and, if asked, a model."""
     wanted = ["attributes.status = 'FINISHED'"] + [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
-    runs = mlflow.search_runs(
-        search_all_experiments=True,
-        filter_string=" and ".join(wanted),
-        order_by=["attributes.start_time DESC"],
-        output_format="list",
-    )
-    fit = (run for run in runs if not of_model or (run.outputs and run.outputs.model_outputs))
-    return next((run.info.run_id for run in fit), None)
+    client, token = MlflowClient(), None
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    size = PAGE if of_model else 1  # not all at once: the trials of a study may be thousands, with all they logged
+    order = ["attributes.start_time DESC"]
+    while True:
+        page = client.search_runs(experiments, " and ".join(wanted), max_results=size, order_by=order, page_token=token)
+        for run in page:
+            if not of_model or logged(run):
+                return str(run.info.run_id)
+        token = page.token
+        if not (of_model and token):
+            return None

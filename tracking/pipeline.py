@@ -94,6 +94,8 @@ def _do(parent: Run, recipe: str, row: Round | Cleaning, key: str, data: Path, w
 def _scores(run_id: str) -> dict[str, Any]:
     """What the store has on a finished round."""
     found = MlflowClient().get_run(run_id).data
+    if "num_classes" not in found.params:
+        raise InputError(f"run {run_id} waits to be sent to the tracking server; the same command goes on after it")
     return found.metrics | {"num_classes": int(found.params["num_classes"])}
 
 

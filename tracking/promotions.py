@@ -98,7 +98,7 @@ def promote(run: Run, candidates: str, ground: Ground, limits: Limits, work: Pat
         raise InputError(f"promote: other promotions came first {ATTEMPTS} times; try again in some minutes")
     run.text(json.dumps(verdict, indent=2), "promotion.json")
     run.text(markdown(verdict), "promotion.md")
-    run.tags(_tags(verdict) | {key: verdict[key] for key in ("decision", "dry_run")})
+    run.tags(_figures(verdict) | {key: verdict[key] for key in ("decision", "dry_run")})
     run.tags({"mlflow.note.content": markdown(verdict)})
     run.metrics({name: value for name, value in verdict["candidate"].items() if not isinstance(value, str)}, 0)
     return verdict
@@ -203,7 +203,7 @@ def _logged_answers(run: Any, ground: Ground) -> pd.DataFrame | None:
     """What a round logged of its own embeddings, if that was on the same photographs."""
     if any(run.data.tags.get(f"aliprod.{name}") != digest for name, digest in ground.digests.items()):
         return None
-    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="yardstick.parquet")
+    path = models.download(run_id=run.info.run_id, artifact_path="yardstick.parquet")
     return pd.read_parquet(path)
 
 
@@ -256,10 +256,14 @@ def _photograph(contender: Contender, ground: Ground) -> bytes:
 
 
 def _tags(verdict: dict[str, Any]) -> dict[str, Any]:
-    ours = verdict["candidate"]
-    trained = MlflowClient().get_run(ours["run"]).data.tags
-    tags = {key: trained[f"aliprod.{key}"] for key in ("recipe", "round", "data") if f"aliprod.{key}" in trained}
-    tags |= {key: value for key, value in ours.items() if key not in ("run", "model")}
+    """Of a version: which round it is of, and the figures. A run with the first of these would be taken for a round."""
+    trained = MlflowClient().get_run(verdict["candidate"]["run"]).data.tags
+    keys = [key for key in ("recipe", "round", "data") if f"aliprod.{key}" in trained]
+    return {key: trained[f"aliprod.{key}"] for key in keys} | _figures(verdict)
+
+
+def _figures(verdict: dict[str, Any]) -> dict[str, Any]:
+    tags = {key: value for key, value in verdict["candidate"].items() if key not in ("run", "model")}
     tags |= {key: verdict[key] for key in ("difference", "interval") if key in verdict}
     tags = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in tags.items()}
     return tags | {"reasons": "; ".join(verdict["reasons"]), "promotion": verdict["run"]}
@@ -277,9 +281,9 @@ def _candidates(names: str) -> list[str]:
             runs = [client.get_run(id) for id in ids if re.fullmatch("[0-9a-f]{32}", id)]
         except MlflowException as error:
             raise InputError(f"candidates {names!r}: {str(error).splitlines()[0]}") from None
-        if len(runs) != len(ids) or not all(run.outputs and run.outputs.model_outputs for run in runs):
+        if len(runs) != len(ids) or not all(map(models.logged, runs)):
             runs = []
-    found = [run.outputs.model_outputs[-1].model_id for run in runs if run.outputs and run.outputs.model_outputs]
+    found = [model for model in map(models.logged, runs) if model]
     if not found:
         raise InputError(
             f"candidates {names!r}: no model there; give ids of runs that logged one, newest, or an experiment's name"

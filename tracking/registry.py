@@ -28,6 +28,9 @@ USES = {
 }
 CHAMPION = "champion"
 PREVIOUS = "previous"
+OVERTAKEN = "overtaken"  # the decision on a version that another one, of the same predecessor, came before
+# No such model, no such alias; and what a server with logins says of a model that is not there.
+NONE_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
 PATIENCE = 300_000  # milliseconds after which a claim that came to nothing is a dead machine's
 
 
@@ -63,7 +66,7 @@ def crown(model: str, over: ModelVersion | None, about: dict[str, Any], note: st
             and claim.creation_timestamp - version.creation_timestamp < PATIENCE
         ]
         if rivals or _number(champion()) != _number(over):
-            client.set_model_version_tag(EXTRACTOR, claim.version, "aliprod.decision", "overtaken")
+            client.set_model_version_tag(EXTRACTOR, claim.version, "aliprod.decision", OVERTAKEN)
             return None
         client.set_registered_model_alias(EXTRACTOR, CHAMPION, claim.version)
         follow()
@@ -108,23 +111,23 @@ def succeed(source: ModelVersion, model: str, about: dict[str, Any], work: Path)
     """Registers the logged model `model` as the classifier's version after `source`, of the same extractor.
 
     Aliases at that extractor's classifier move to it. An extractor's versions are one line, or what one enrolled the
-    next would lose: InputError if `source` is not the last of it, or is no more when this one is registered. `about`
-    becomes tags, with those of `source`.
+    next would lose: InputError if `source` is not the last of it; if it is no more when this one is registered, that is
+    marked as overtaken. `about` becomes tags, with those of `source`.
     """
-    client = MlflowClient()
     extractor = source.tags.get("aliprod.extractor", "")
+    given = (CLASSIFIER, model, source.tags | about | {"model": model}, source.description or "")
+    if not extractor:
+        return _register(*given)
     with _locked(work):
-        made = _register(CLASSIFIER, model, source.tags | about | {"model": model}, source.description or "")
-        line = [_number(version) for version in _twins(extractor)] if extractor else []
-        before = line[: line.index(_number(made))] if extractor else []
-        if extractor and before[-1] != _number(source):
-            client.delete_model_version(CLASSIFIER, made.version)
-            raise InputError(
-                f"version {source.version} of {CLASSIFIER} was followed by {before[-1]}, with enrolments of its own;"
-                f" go on from models:/{CLASSIFIER}/{before[-1]}"
-            )
-        if extractor:
-            follow()
+        _refuse_followed(source, _twins(extractor))
+        made = _register(*given)
+        try:
+            _refuse_followed(source, [one for one in _twins(extractor) if int(one.version) < int(made.version)])
+        except InputError:
+            MlflowClient().set_model_version_tag(CLASSIFIER, made.version, "aliprod.decision", OVERTAKEN)
+            raise
+        finally:
+            follow()  # even then: what came first may have taken this one, the newest of all, for its successor
         return made
 
 
@@ -136,17 +139,14 @@ def follow() -> None:
     over = lead.tags.get("aliprod.over") if lead else None
     if lead and lead.tags.get("aliprod.decision") == "claimed":
         client.set_model_version_tag(EXTRACTOR, lead.version, "aliprod.decision", "promoted")
-    wanted = {CHAMPION: lead, PREVIOUS: _or_none(client.get_model_version, EXTRACTOR, over) if over else None}
-    for alias, version in wanted.items():
-        for name in (EXTRACTOR, CLASSIFIER):
-            found, now = (
-                (version if name == EXTRACTOR or not version else _twin(version)),
-                _or_none(client.get_model_version_by_alias, name, alias),
-            )
+    before = _or_none(client.get_model_version, EXTRACTOR, over) if over else None
+    for name in (EXTRACTOR, CLASSIFIER):
+        for alias, version in ((CHAMPION, lead), (PREVIOUS, before)):
+            now = _or_none(client.get_model_version_by_alias, name, alias)
+            meant = version or (now and lead)  # back at the first: not everybody may delete what says `previous`
+            found = _twin(meant) if meant and name == CLASSIFIER else meant
             if found and _number(found) != _number(now):
                 client.set_registered_model_alias(name, alias, found.version)
-            elif now and not found:
-                client.delete_registered_model_alias(name, alias)
 
 
 def _twin(version: ModelVersion) -> ModelVersion:
@@ -160,8 +160,21 @@ def _twin(version: ModelVersion) -> ModelVersion:
 def _twins(extractor: str | int) -> list[ModelVersion]:
     """The classifier's versions of an extractor, oldest first: that of its own round, then those with enrolments."""
     found = MlflowClient().search_model_versions(f"name = '{CLASSIFIER}'")
-    twins = [version for version in found if version.tags.get("aliprod.extractor") == str(extractor)]
+    twins = [
+        version
+        for version in found
+        if version.tags.get("aliprod.extractor") == str(extractor) and version.tags.get("aliprod.decision") != OVERTAKEN
+    ]
     return sorted(twins, key=lambda version: int(version.version))
+
+
+def _refuse_followed(source: ModelVersion, line: list[ModelVersion]) -> None:
+    """InputError if `source` is not the last of these versions, those of its extractor."""
+    if _number(line[-1]) != _number(source):
+        raise InputError(
+            f"version {source.version} of {CLASSIFIER} was followed by {line[-1].version}, with enrolments of its own;"
+            f" go on from models:/{CLASSIFIER}/{line[-1].version}"
+        )
 
 
 def _register(name: str, model: str, tags: dict[str, Any], note: str) -> ModelVersion:
@@ -176,7 +189,7 @@ def _or_none(find: Callable[..., ModelVersion], *names: str) -> ModelVersion | N
     try:
         return find(*names)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model, no such alias
+        if error.error_code in NONE_SUCH:
             return None
         raise
 

@@ -102,13 +102,15 @@ class Run:
 
     def model(self, folder: Path, example: str, step: int) -> None:
         """The saved model in `folder` as the run's logged model, described by the metrics of `step`."""
-        self.spool.put("model", folder=str(folder), example=example, step=step)
+        kept = shutil.copyfile(example, self.folder / f"example{Path(example).suffix}")
+        self.spool.put("model", folder=str(folder), example=str(kept), step=step)
 
     def end(self, status: str) -> None:
         """Closes the run as FINISHED, FAILED or KILLED."""
         self.spool.put("end", status=status, time=_now())
         if not self.spool.close():
-            print(f"the tracking server is away: run {self.id} waits in {self.folder} for `mlflow run . -e send`")
+            command = f"mlflow run . -e send --env-manager local -P work={self.folder.parents[1]}"
+            print(f"the tracking server is away: run {self.id} waits in {self.folder} for `{command}`")
 
     def _artifact_path(self, name: str) -> Path:
         path = self.folder / "artifacts" / name
@@ -132,11 +134,9 @@ def start(
     reason in a tag, or KILLED by an interruption or a Cut. What earlier runs in `work` could not send is sent first.
     Unless `monitored`, the system is not sampled. InputError if the tracking server does not answer or refuses.
     """
-    # A dead server would otherwise hold up training for minutes at every report; the spool waits instead.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    send_waiting(work)
     client = MlflowClient()
     try:
         run_id = join or (None if parent else os.environ.get("MLFLOW_RUN_ID"))
@@ -148,7 +148,6 @@ def start(
         what = "does not answer" if away(error) else "opens no run"
         reason = str(error).splitlines()[0][:200]
         raise InputError(f"the tracking server {mlflow.get_tracking_uri()} {what}: {reason}") from None
-    send_waiting(work)
     run = Run(run_id, work / "runs" / (f"{run_id}-{os.getpid()}" if join else run_id))
     run.tags({"git": git_state(), **(tags or {})})
     system_metrics = _SystemMetrics(run) if monitored else None

@@ -77,6 +77,8 @@ def postgresql(folder: Path) -> Iterator[tuple[Part, str]]:
     command = [str(tools / "postgres"), "-D", str(data), "-k", str(data), "-c", "listen_addresses="]
     as_user = {"user": made.system_user, "group": made.system_user, "extra_groups": []} if made.system_user else {}
     ready = [str(tools / "pg_isready"), "--quiet", *to]
+    if not subprocess.run(ready).returncode:
+        raise InputError(f"folder {folder}: its server is running")
     with part("postgresql", command, lambda: not subprocess.run(ready).returncode, str(data), folder, **as_user) as up:
         listed = subprocess.check_output([str(tools / "psql"), *to, "-Atc", "SELECT datname FROM pg_database"])
         for name in set(DATABASES) - set(listed.decode().split()):
@@ -165,7 +167,7 @@ def main() -> None:
                     each.check()
     except KeyboardInterrupt:
         print("stopped")
-    except (Died, InputError) as error:
+    except (Died, InputError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(str(error))
 
 

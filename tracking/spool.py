@@ -6,21 +6,25 @@ Once only: how many bytes were sent is kept beside the file, and the operation t
 sending and noting it is harmless to repeat (metrics carry their time, a model is looked for first).
 """
 
+import contextlib
 import fcntl
 import functools
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import mlflow
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from aliprod.atomic import replacing
-from tracking import models
+from tracking import models, storage
 
 PATIENCE = 30  # seconds between two attempts to reach a server that did not answer
 BATCH = 1000  # metrics in one request; MLflow's limit
@@ -28,9 +32,13 @@ Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
 
-def away(error: MlflowException) -> bool:
-    """Whether the server could not be reached or could not do it now, rather than refused."""
-    return error.get_http_status_code() >= 500
+def away(error: Exception) -> bool:
+    """Whether a server or a store could not be reached or could not do it now, rather than refused."""
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() >= 500
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return error.response.status_code >= 500
+    return isinstance(error, requests.RequestException) or storage.is_away(error)
 
 
 def insistent(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
@@ -57,14 +65,15 @@ class Spool:
 
     def __init__(self, folder: Path, run_id: str, tracking_uri: str):
         folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "spool.jsonl").open("a+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with replacing(folder / "run.json") as beside:
+            beside.write_text(json.dumps({"run_id": run_id, "tracking_uri": tracking_uri}))
         self.folder = folder
         self.run_id = run_id
         self.client = MlflowClient(tracking_uri)
         self._next_attempt = 0.0
         self._mutex = threading.RLock()
-        (folder / "run.json").write_text(json.dumps({"run_id": run_id, "tracking_uri": tracking_uri}))
-        self._file = (folder / "spool.jsonl").open("a+b")
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def put(self, kind: str, **record: Any) -> None:
         """Records one operation and sends all that waits, if the server answers."""
@@ -85,7 +94,7 @@ class Spool:
                     break  # cut off by a crash while it was written
                 try:
                     self._deliver(json.loads(line))
-                except MlflowException as error:
+                except Exception as error:  # of whatever kind: it must not stop what is being recorded
                     if away(error):
                         self._next_attempt = time.monotonic() + PATIENCE
                         return False
@@ -138,17 +147,24 @@ def idle(folder: Path) -> bool:
         return True
 
 
-def send_waiting(work: Path) -> dict[str, bool]:
-    """Sends what earlier runs in `work` left; run id -> whether all of it went. Runs still alive are passed over."""
+def send_waiting(work: Path) -> dict[str, str]:
+    """Sends what earlier runs in `work` left for the current server; run id -> what came of it. Runs still alive are
+    passed over."""
+    # A dead server would hold up training for minutes at every report; the spool waits instead.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     results = {}
+    current = mlflow.get_tracking_uri()
     for note in sorted(work.glob("runs/*/run.json")):
         about = json.loads(note.read_text())
         folder = note.parent
         sent = folder / "spool.sent"
         if (folder / "spool.jsonl").stat().st_size == (int(sent.read_text()) if sent.exists() else 0):
             continue
-        try:
-            results[about["run_id"]] = Spool(folder, **about).close()
-        except BlockingIOError:
+        if about["tracking_uri"] != current:
+            results[about["run_id"]] = f"waits for MLFLOW_TRACKING_URI={about['tracking_uri']}"
             continue
+        with contextlib.suppress(BlockingIOError):
+            done = Spool(folder, **about).close()
+            results[about["run_id"]] = "sent" if done else "the tracking server is still away"
     return results

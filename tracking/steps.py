@@ -45,7 +45,7 @@ def table(name: str, recipe: str, data: Path, done: dict[str, str]) -> str:
     run_id = resolve(name, recipe, manifest.digest(manifest.read(data, "train")), done)
     try:
         path = f"{name.rpartition('/')[2]}.csv"
-        return mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path)
+        return str(models.download(run_id=run_id, artifact_path=path))
     except (MlflowException, OSError):
         raise InputError(f"manifest {name!r}: no finished [[clean]] step of this name on this data") from None
 
