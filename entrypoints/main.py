@@ -25,9 +25,9 @@ def main(recipe: str, data: str, scale: float, overrides: str, promote: bool, mi
         for recipe in map(read, map(recipe_path, recipe.split()))
     ]
     folder = data_folder(data, work)
-    interruption.raise_on_signals(minutes)
     with runs.start("+".join(recipe.name for recipe in recipes), work) as parent:
         try:
+            interruption.raise_on_signals(minutes)
             table = pipeline.run(parent, recipes, folder, work, promote)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("; the same command goes on, and reuses what is finished") from None

@@ -22,9 +22,9 @@ def main(
         row = override(rows.row(round), overrides)
         row = row.model_copy(update={"init": init or row.init})
         job = rounds.Job(rows.name, copies.tables_here(row, work), str(data_folder(data, work)))
-    interruption.raise_on_signals(minutes)
     with runs.start(f"{job.recipe}/{job.row.name}", work) as run:
         try:
+            interruption.raise_on_signals(minutes)
             evaluation = rounds.train(run, job, work, resume)
         except KeyboardInterrupt:
             command = f"mlflow run . -e train --env-manager local -P resume={run.id} -P work={work}"

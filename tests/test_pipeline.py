@@ -123,13 +123,13 @@ def test_a_killed_pipeline_goes_on_to_the_result_of_one_that_was_not(recipes, sh
     }
     options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     for number in (signal.SIGTERM, signal.SIGKILL):
-        before = set(tmp_path.glob("work/runs/*/checkpoints/step-*"))
+        before = {path.name for path in tmp_path.glob("work/runs/*/checkpoints/step-*")}
         process = subprocess.Popen(
             [sys.executable, "-m", "entrypoints.main", *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
-        while process.poll() is None and not {
-            path for path in set(tmp_path.glob("work/runs/*/checkpoints/step-*")) - before if path.stat().st_nlink == 1
-        }:
+        while process.poll() is None and before.issuperset(
+            path.name for path in tmp_path.glob("work/runs/*/checkpoints/step-*")
+        ):
             time.sleep(0.02)
         process.send_signal(number)
         said = process.communicate(timeout=60)[1].strip().splitlines()

@@ -160,16 +160,20 @@ def sums(folder: Path) -> dict[str, str]:
 
 def fetching(address: str, work: Path) -> subprocess.Popen[str]:
     """`fetch` in a process of its own."""
-    code = "import sys, pathlib; from tracking import copies; copies.fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    code = (
+        "import signal, sys, pathlib; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job may ignore it
+        "from tracking import copies; copies.fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, address, str(work)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
 
 
-def wait_for_part(work: Path, size: int) -> None:
+def wait_for_part(process: subprocess.Popen[str], work: Path, size: int) -> None:
     """Until so many bytes of an object have arrived."""
-    while sum(path.stat().st_size for path in work.glob("s3/.bucket.partial/*")) < size:
+    while process.poll() is None and sum(path.stat().st_size for path in work.glob("s3/.bucket.partial/*")) < size:
         time.sleep(0.01)
+    assert process.poll() is None
 
 
 def test_a_data_folder_goes_there_and_comes_back_equal(s3, shop, address, tmp_path):
@@ -206,9 +210,9 @@ def test_a_stopped_fetch_goes_on_where_it_was(s3, big, address, tmp_path, number
     s3.proxy.reset()
     s3.proxy.pause = 0.01
     process = fetching(address, tmp_path)
-    wait_for_part(tmp_path, 10 * MEGABYTE)
+    wait_for_part(process, tmp_path, 10 * MEGABYTE)
     process.send_signal(number)
-    process.wait(3)
+    process.wait()
     s3.proxy.reset()
     assert sums(copies.fetch(address, tmp_path)) == {"big.bin": hashlib.sha256(big.read_bytes()).hexdigest()}
     assert s3.proxy.received < 31 * MEGABYTE
@@ -220,7 +224,7 @@ def test_a_store_that_goes_away_and_comes_back_is_waited_for(s3, big, address, t
     s3.proxy.reset()
     s3.proxy.pause = 0.01
     process = fetching(address, tmp_path)
-    wait_for_part(tmp_path, 10 * MEGABYTE)
+    wait_for_part(process, tmp_path, 10 * MEGABYTE)
     s3.kill()
     s3.proxy.pause = 0.0
     time.sleep(1)

@@ -1,6 +1,5 @@
 """Tuning: spaces that fit their round, studies that many workers share and that survive them, and what is recorded."""
 
-import contextlib
 import os
 import re
 import subprocess
@@ -30,12 +29,23 @@ lr_step = { low = 1, high = 4 }
 warmup_epochs = { low = 0, high = 2 }
 """
 WORKER = """
-import sys
+import sys, time
 from pathlib import Path
 from aliprod import tuning
 from entrypoints import tune
 tuning.HEARTBEAT = 1
-recipe, data, storage, trials, pruner, work = sys.argv[1:]
+recipe, data, storage, trials, pruner, work, held = sys.argv[1:]
+reports = tuning.Trial.reports
+
+def stops(trial, *given):
+    for report in reports(trial, *given):
+        yield report
+        if trial.number >= 2 and report.epoch == 2:
+            Path(held).write_text(str(trial.number))
+            time.sleep(3600)
+
+if held:
+    tuning.Trial.reports = stops
 tune.main(recipe, "", data, int(trials), "shared", storage, "random", pruner, "", 0.0, 0, Path(work))
 """
 
@@ -267,34 +277,30 @@ def storage(request, tmp_path) -> Iterator[tuple[str, str]]:
 class Worker:
     """A worker in a process of its own, as on a machine of its own."""
 
-    def __init__(self, arguments: list[str], work: Path, where: str):
+    def __init__(self, arguments: list[str], work: Path, where: str, held: str = ""):
+        """It stops in the middle of a trial, and writes its number to `held`, if that is given."""
         environment = os.environ | {"MLFLOW_TRACKING_URI": where}
-        self.work = work
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments, str(work)],
+            [sys.executable, "-c", WORKER, *arguments, str(work), held],
             cwd=work.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def finish(self) -> str:
-        said = self.process.communicate(timeout=400)[0]
+        said = self.process.communicate()[0]
         assert self.process.returncode == 0, said
         return said
 
-    def kill_in_a_trial(self, storage: str) -> int:
-        """Kills it with -9 in the middle of a trial; the trial's number."""
-        for _ in range(3000):
-            time.sleep(0.05)
-            assert self.process.poll() is None, self.process.communicate()[0]
-            with contextlib.suppress(KeyError):
-                for trial in trials_of(storage, "shared"):
-                    mine = [run for run in trial.user_attrs.get("runs", []) if (self.work / "runs" / run).exists()]
-                    if mine and trial.state.name == "RUNNING" and trial.intermediate_values:
-                        self.process.kill()
-                        self.process.wait()
-                        if trials_of(storage, "shared")[trial.number].state.name == "RUNNING":
-                            return trial.number
-                        raise AssertionError("killed too late")
-        raise AssertionError("no trial")
+
+def killed_in_a_trial(arguments: list[str], work: Path, where: str) -> int:
+    """Starts a worker and kills it with -9 in the middle of a trial; the trial's number."""
+    held = work.parent / "held"
+    worker = Worker(arguments, work, where, str(held))
+    while not (held.exists() and held.read_text()):
+        time.sleep(0.05)
+        assert worker.process.poll() is None, worker.process.communicate()[0]
+    worker.process.kill()
+    worker.process.wait()
+    return int(held.read_text())
 
 
 def story(storage: str, where: str, count: int) -> tuple[pd.DataFrame, set[int]]:
@@ -335,7 +341,7 @@ def arguments_of(tuned: str, shop: Path, storage: str, trials: int) -> list[str]
 def test_a_killed_study_goes_on_where_it_was(tuned, shop, store, tmp_path):
     storage, where = f"sqlite:///{tmp_path / 'studies.db'}", f"sqlite:///{tmp_path / 'mlflow.db'}"
     arguments = arguments_of(tuned, shop, storage, 6)
-    dead = Worker(arguments, tmp_path / "work", where).kill_in_a_trial(storage)
+    dead = killed_in_a_trial(arguments, tmp_path / "work", where)
     before = [trial for trial in trials_of(storage, "shared") if trial.state.is_finished()]
     said = Worker(arguments, tmp_path / "work", where).finish()
     trials, (lost,) = story(storage, where, 6)
@@ -350,9 +356,9 @@ def test_three_workers_share_a_study_and_one_is_killed(tuned, shop, storage, tmp
     storage, where = storage
     MlflowClient(where).search_experiments()  # makes the tables
     arguments = arguments_of(tuned, shop, storage, 24)
-    workers = [Worker(arguments, tmp_path / f"work{number}", where) for number in range(3)]
-    dead = workers[1].kill_in_a_trial(storage)
-    said = [worker.finish() for worker in (workers[0], workers[2])]
+    workers = [Worker(arguments, tmp_path / f"work{number}", where) for number in range(2)]
+    dead = killed_in_a_trial(arguments, tmp_path / "work2", where)
+    said = [worker.finish() for worker in workers]
     trials, (lost,) = story(storage, where, 24)
     assert lost.number == dead and len({line.splitlines()[-4].split("(")[-1] for line in said}) == 1, said
     (again,) = [trial for trial in trials if trial.system_attrs.get("failed_trial") == dead]
