@@ -21,6 +21,7 @@ from aliprod.images import Images
 from aliprod.model import Recogniser, Saved
 
 SHRINKAGE = 0.3  # share of the within-class covariance that is made the same in all directions
+LEAST_SPREAD = 1e-4  # of unit directions within classes, all dimensions together; less is rounding, or one photograph
 MAX_NOISE = 10.0  # of networks that hardly tell the classes apart
 CHUNK = 16384  # embeddings at a time
 TEMPERATURES = (1e-3, 1.0)  # bounds of what similarities, in [-1, 1], are divided by
@@ -58,28 +59,28 @@ def of_embeddings(
 ) -> Gallery:
     """As `gallery`, from embeddings (D = width) whose labels are rows of `classes`; memory for one chunk of them."""
     assert stored.labels is not None and val.labels is not None
-    sums = torch.zeros(len(classes), width, device=device)
+    sums = torch.zeros(len(classes), width, dtype=torch.float64, device=device)
     moments = torch.zeros(width, width, dtype=torch.float64, device=device)
     for embeddings, labels in _chunks(stored, CHUNK, device):
-        directions = normalize(embeddings)
+        directions = normalize(embeddings.double())  # of few repeats what is left of moments is small
         sums.index_add_(0, labels, directions)
         moments += directions.T @ directions
     counts = torch.from_numpy(np.bincount(stored.labels[stored.rows], minlength=len(classes)))
     seen = counts.clamp_min(1).to(device)[:, None]
     means, known = sums / seen, counts.to(device) > 0
     freedom = max(1, int(counts.sum()) - int(known.sum()))
-    within = (moments - (means.T @ sums).double()) / freedom  # (D, D), of directions within classes
-    mean_variance = within.diagonal().mean().clamp_min(1e-12)
+    within = (moments - means.T @ sums) / freedom  # (D, D), of directions within classes
+    mean_variance = within.diagonal().mean().clamp_min(LEAST_SPREAD / width)
     even = torch.eye(width, dtype=torch.float64, device=device) * mean_variance
     factor = torch.linalg.cholesky((1 - shrinkage) * within + shrinkage * even)
     whitening = torch.linalg.inv(factor).T  # places are then (direction - center) @ whitening
     variance = (whitening.T @ within @ whitening).trace().item()
     center = means[known].mean(dim=0)
-    places = (means - center) @ whitening.float()
+    places = (means - center) @ whitening
     own = variance / seen[:, 0]  # what their being of so few adds to the means' lengths
     between = (places.square().sum(dim=1) - own)[known].mean().item()
     made = Gallery(
-        center=center.cpu(),
+        center=center.float().cpu(),
         whitening=whitening.float().contiguous().cpu(),
         means=torch.where(known[:, None], places, 0).half().cpu(),
         counts=counts,
@@ -90,8 +91,10 @@ def of_embeddings(
         enrolled=pd.DataFrame(columns=ENROLLED, dtype="str"),
     )
 
+    whole = dataclasses.replace(made, exact=len(classes))  # FAISS would leave labels out
+
     def similarities() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((made.similarities(embeddings), labels) for embeddings, labels in _chunks(val, BATCH_SIZE, device))
+        return ((whole.similarities(embeddings), labels) for embeddings, labels in _chunks(val, BATCH_SIZE, device))
 
     return dataclasses.replace(made, scale=_single(1 / calibration.temperature(similarities, TEMPERATURES)))
 
