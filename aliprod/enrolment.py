@@ -161,25 +161,17 @@ def listed(images: str, class_id: str = "", name: str = "", path: str = "") -> p
     class_id and perhaps name and path; or, with `class_id`, anything that prediction.image_files takes, all of that
     class.
     """
-    here = Path(images)
     if class_id:
         files = prediction.image_files(images)
         return pd.DataFrame({"file": files, "class_id": class_id, "name": name, "path": path})
     if name or path:
         raise InputError("name, path: they are of one class; give its class_id too")
-    if here.suffix == ".csv" and here.is_file():
-        table = pd.read_csv(here, dtype="str", keep_default_na=False)
-        if missing := [column for column in COLUMNS[:2] if column not in table]:
-            raise InputError(f"images {images}: no column {', '.join(missing)}; found {', '.join(table.columns)}")
-        if table.empty:
-            raise InputError(f"images {images}: it lists no photographs")
-        return table.assign(file=[str(here.parent / file) for file in table["file"]]).reindex(
-            columns=COLUMNS, fill_value=""
-        )
-    if not here.is_dir():
+    if images.endswith(".csv") and prediction.kind(images) == "file":
+        return manifest.read_files(images, ("class_id",), ("name", "path"))
+    if prediction.kind(images) != "folder":
         raise InputError(f"images {images!r}: give a folder with a subfolder a class, a .csv, or class_id too")
     files = prediction.image_files(images)
-    folders = [Path(file).relative_to(here).parts for file in files]
+    folders = [Path(file).relative_to(images).parts for file in files]
     if loose := next((file for file, parts in zip(files, folders, strict=True) if len(parts) < 2), None):
         raise InputError(f"{loose}: in no subfolder of {images}, whose names are the classes; or give class_id")
     return pd.DataFrame({"file": files, "class_id": [parts[0] for parts in folders], "name": "", "path": ""})
