@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from aliprod import InputError
+
 BOUNDS = (0.01, 100.0)  # of temperatures
 STEPS = 50  # passes at most; Newton's method takes about 6
 
@@ -17,7 +19,8 @@ def temperature(
 ) -> float:
     """The temperature, within `bounds`, that fits the labels best; 1 where there are none.
 
-    `batches` gives a pass over logits (B, C), which are finite, and labels (B,) each time it is called.
+    `batches` gives a pass over logits (B, C) and labels (B,) each time it is called. InputError where logits are not
+    finite.
     """
 
     def whole() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -59,6 +62,8 @@ def temperatures(
                 curvature[place] += (square - mean.square()).clamp_min(0).double().sum().cpu()
                 spread[place] += rows.mean(dim=1).double().sum().cpu()
         slope -= spread / (count + 2)
+        if not slope.isfinite().all():
+            raise InputError("logits that are not finite numbers have no temperature: the network has diverged")
         low, high = torch.where(slope < 0, inverse, low), torch.where(slope > 0, inverse, high)
         step = inverse - slope / curvature.clamp_min(1e-12)
         inside = (step >= low) & (step <= high)

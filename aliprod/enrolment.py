@@ -21,6 +21,7 @@ from aliprod.images import Images
 from aliprod.model import Recogniser, Saved
 
 SHRINKAGE = 0.3  # share of the within-class covariance that is made the same in all directions
+LEAST_SPREAD = 1e-4  # of unit directions within classes, all dimensions together; less is rounding, or one photograph
 MAX_NOISE = 10.0  # of networks that hardly tell the classes apart
 CHUNK = 16384  # embeddings at a time
 TEMPERATURES = (1e-3, 1.0)  # bounds of what similarities, in [-1, 1], are divided by
@@ -58,28 +59,28 @@ def of_embeddings(
 ) -> Gallery:
     """As `gallery`, from embeddings (D = width) whose labels are rows of `classes`; memory for one chunk of them."""
     assert stored.labels is not None and val.labels is not None
-    sums = torch.zeros(len(classes), width, device=device)
+    sums = torch.zeros(len(classes), width, dtype=torch.float64, device=device)
     moments = torch.zeros(width, width, dtype=torch.float64, device=device)
     for embeddings, labels in _chunks(stored, CHUNK, device):
-        directions = normalize(embeddings)
+        directions = normalize(embeddings.double())  # of few repeats what is left of moments is small
         sums.index_add_(0, labels, directions)
         moments += directions.T @ directions
     counts = torch.from_numpy(np.bincount(stored.labels[stored.rows], minlength=len(classes)))
     seen = counts.clamp_min(1).to(device)[:, None]
     means, known = sums / seen, counts.to(device) > 0
     freedom = max(1, int(counts.sum()) - int(known.sum()))
-    within = (moments - (means.T @ sums).double()) / freedom  # (D, D), of directions within classes
-    mean_variance = within.diagonal().mean().clamp_min(1e-12)
+    within = (moments - means.T @ sums) / freedom  # (D, D), of directions within classes
+    mean_variance = within.diagonal().mean().clamp_min(LEAST_SPREAD / width)
     even = torch.eye(width, dtype=torch.float64, device=device) * mean_variance
     factor = torch.linalg.cholesky((1 - shrinkage) * within + shrinkage * even)
     whitening = torch.linalg.inv(factor).T  # places are then (direction - center) @ whitening
     variance = (whitening.T @ within @ whitening).trace().item()
     center = means[known].mean(dim=0)
-    places = (means - center) @ whitening.float()
+    places = (means - center) @ whitening
     own = variance / seen[:, 0]  # what their being of so few adds to the means' lengths
     between = (places.square().sum(dim=1) - own)[known].mean().item()
     made = Gallery(
-        center=center.cpu(),
+        center=center.float().cpu(),
         whitening=whitening.float().contiguous().cpu(),
         means=torch.where(known[:, None], places, 0).half().cpu(),
         counts=counts,
@@ -90,8 +91,10 @@ def of_embeddings(
         enrolled=pd.DataFrame(columns=ENROLLED, dtype="str"),
     )
 
+    whole = dataclasses.replace(made, exact=len(classes))  # FAISS would leave labels out
+
     def similarities() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((made.similarities(embeddings), labels) for embeddings, labels in _chunks(val, BATCH_SIZE, device))
+        return ((whole.similarities(embeddings), labels) for embeddings, labels in _chunks(val, BATCH_SIZE, device))
 
     return dataclasses.replace(made, scale=_single(1 / calibration.temperature(similarities, TEMPERATURES)))
 
@@ -158,25 +161,17 @@ def listed(images: str, class_id: str = "", name: str = "", path: str = "") -> p
     class_id and perhaps name and path; or, with `class_id`, anything that prediction.image_files takes, all of that
     class.
     """
-    here = Path(images)
     if class_id:
         files = prediction.image_files(images)
         return pd.DataFrame({"file": files, "class_id": class_id, "name": name, "path": path})
     if name or path:
         raise InputError("name, path: they are of one class; give its class_id too")
-    if here.suffix == ".csv" and here.is_file():
-        table = pd.read_csv(here, dtype="str", keep_default_na=False)
-        if missing := [column for column in COLUMNS[:2] if column not in table]:
-            raise InputError(f"images {images}: no column {', '.join(missing)}; found {', '.join(table.columns)}")
-        if table.empty:
-            raise InputError(f"images {images}: it lists no photographs")
-        return table.assign(file=[str(here.parent / file) for file in table["file"]]).reindex(
-            columns=COLUMNS, fill_value=""
-        )
-    if not here.is_dir():
+    if images.endswith(".csv") and prediction.kind(images) == "file":
+        return manifest.read_files(images, ("class_id",), ("name", "path"))
+    if prediction.kind(images) != "folder":
         raise InputError(f"images {images!r}: give a folder with a subfolder a class, a .csv, or class_id too")
     files = prediction.image_files(images)
-    folders = [Path(file).relative_to(here).parts for file in files]
+    folders = [Path(file).relative_to(images).parts for file in files]
     if loose := next((file for file, parts in zip(files, folders, strict=True) if len(parts) < 2), None):
         raise InputError(f"{loose}: in no subfolder of {images}, whose names are the classes; or give class_id")
     return pd.DataFrame({"file": files, "class_id": [parts[0] for parts in folders], "name": "", "path": ""})

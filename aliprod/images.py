@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # exported models read photographs where there is no torch
     import torch
 
 MAX_PIXELS = 64_000_000  # of one image; more is refused before it is decoded
+# Of which Pillow reads the header alone; of icons it decodes what is in them before anyone knows how large it is.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+LONGEST = 16_000  # pixels of a side that is augmented; OpenCV turns no image of 32,768
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
 
@@ -61,12 +64,13 @@ class Preprocessing:
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes whatever the web calls .jpg to RGB (H, W, 3) uint8, upright, transparency laid on white.
 
-    InputError says why it cannot: empty, not an image, cut short, more than max_pixels in all.
+    InputError says why it cannot: empty, not an image of FORMATS, cut short, more than max_pixels in all.
     """
+    max_pixels = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow opens none larger
     if not data:
         raise InputError("the file is empty")
     try:
-        header = Image.open(io.BytesIO(data))  # reads the header alone
+        header = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header alone
     except Image.UnidentifiedImageError:
         raise InputError("not an image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -113,6 +117,9 @@ def load(
         # photograph is halved until it is near its final size, which loses nothing and saves most of the work.
         while min(image.shape[:2]) >= 4 * preprocessing.image_size:
             image = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        if (scale := LONGEST / max(image.shape[:2])) < 1:
+            width, height = (max(1, round(scale * side)) for side in image.shape[1::-1])
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         sequence = _augmenter(augment, sum(preprocessing.fill) // 3, threading.get_ident())
         sequence.seed_(seed)
         image = np.ascontiguousarray(sequence(image=image))

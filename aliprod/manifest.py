@@ -54,16 +54,19 @@ def read_json(path: str | Path) -> pd.DataFrame:
 
 def read_csv(path: str | Path) -> pd.DataFrame:
     """Reads a table written by `write_csv`. InputError names the file and what is wrong with it."""
+    return _checked(Path(path), _strings(path, COLUMNS))
+
+
+def read_files(path: str | Path, needed: tuple[str, ...] = (), perhaps: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Reads a CSV of photographs wherever they are: file, relative to where the CSV lies, and the columns `needed`, in
+    which no row may be blank; those of `perhaps` that are not there are "". InputError as of `read_csv`."""
     path = Path(path)
-    try:
-        table = pa.csv.read_csv(
-            path, convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pa.string()))
-        ).to_pandas()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: not a CSV table: {error}") from None
-    if missing := [column for column in COLUMNS if column not in table]:
-        raise InputError(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}")
-    return _checked(path, table[COLUMNS].astype("str"))
+    table = _strings(path, ["file", *needed], perhaps)
+    if table.empty:
+        raise InputError(f"{path}: it lists no photographs")
+    for column in ("file", *needed):
+        _refuse(path, table, table[column] == "", f"{column} is missing")
+    return table.assign(file=[str(path.parent / file) for file in table["file"]])
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:
@@ -134,10 +137,10 @@ def select_quantile(table: pd.DataFrame, low: float, high: float) -> pd.DataFram
 
 def select_listed(table: pd.DataFrame, path: str | Path, min_confidence: float) -> pd.DataFrame:
     """Rows of the classes that a select list (a CSV with class_id, confidence) gives at least this confidence."""
-    listed = pd.read_csv(path, dtype={"class_id": "str"})
-    if missing := {"class_id", "confidence"} - set(listed):
-        raise InputError(f"{path}: no column {', '.join(sorted(missing))}; found {', '.join(listed.columns)}")
-    sure = listed.loc[listed["confidence"] >= min_confidence, "class_id"]
+    listed = _strings(path, ["class_id", "confidence"])
+    confidence = pd.to_numeric(listed["confidence"], errors="coerce")
+    _refuse(Path(path), listed, confidence.isna(), "confidence must be a number")
+    sure = listed.loc[confidence >= min_confidence, "class_id"]
     chosen = table[table["class_id"].isin(sure)].reset_index(drop=True)
     if chosen.empty:
         raise InputError(f"{path}: no class of this data has a confidence of {min_confidence:g} or more")
@@ -173,6 +176,23 @@ def _csv_bytes(table: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
+def _strings(path: str | Path, needed: list[str], perhaps: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Columns of a CSV as they are written; those of `perhaps` that are not there are ""."""
+    columns = [*needed, *perhaps]
+    try:
+        table = pa.csv.read_csv(
+            path, convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))
+        ).to_pandas()
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a CSV table: {error}") from None
+    if missing := [column for column in needed if column not in table]:
+        raise InputError(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}")
+    table = table[[column for column in columns if column in table]]
+    if table.columns.has_duplicates:
+        raise InputError(f"{path}: column {table.columns[table.columns.duplicated()][0]} is there twice")
+    return table.reindex(columns=columns, fill_value="").astype("str")
+
+
 def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     if table.empty:
         raise InputError(f"{path}: it lists no photographs")
@@ -188,5 +208,6 @@ def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 def _refuse(path: Path, table: pd.DataFrame, wrong: pd.Series, why: str) -> None:
     if wrong.any():
         number = int(np.argmax(wrong.to_numpy()))
-        row = table.iloc[number]
-        raise InputError(f"{path}: record {number} (class_id {row['class_id']!r}, image_id {row['image_id']!r}): {why}")
+        row = table.iloc[number].drop("split", errors="ignore")
+        shown = ", ".join(f"{column} {value!r}" for column, value in row.items())
+        raise InputError(f"{path}: record {number} ({shown}): {why}")

@@ -1,5 +1,6 @@
 """Predictions: the one table that metrics, cleaning, reports and inference read."""
 
+import contextlib
 import shlex
 from collections import defaultdict
 from collections.abc import Callable
@@ -180,21 +181,32 @@ def _certain(saved: Saved, answers: pd.DataFrame, sure: float) -> pd.DataFrame:
 def image_files(images: str) -> list[str]:
     """The files meant by a folder (all in it, at any depth), a .csv with a column `file` (relative to where the
     CSV lies), or paths separated by spaces (quoted as in a shell where they hold some). InputError if none."""
-    path = Path(images)
-    if path.is_dir():
-        found = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    elif path.suffix == ".csv":
-        table = pd.read_csv(path, dtype="str")
-        if "file" not in table:
-            raise InputError(f"images {images}: no column file; found {', '.join(table.columns)}")
-        found = [str(path.parent / file) for file in table["file"]]
+    if kind(images) == "folder":
+        found = sorted(str(file) for file in Path(images).rglob("*") if file.suffix.lower() in SUFFIXES)
+    elif images.endswith(".csv"):
+        found = manifest.read_files(images)["file"].tolist()
     else:
-        found = [images] if path.is_file() else shlex.split(images)
-        if missing := [file for file in found if not Path(file).is_file()]:
+        found = [images] if kind(images) == "file" else words("images", images)
+        if missing := [file for file in found if kind(file) != "file"]:
             raise InputError(f"images: no such file or folder: {missing[0]}")
     if not found:
         raise InputError(f"images {images}: no images there; they end in {', '.join(SUFFIXES)}")
     return found
+
+
+def kind(path: str) -> str:
+    """What is there: "folder", "file", or "" for neither, be it that there can be no such name."""
+    with contextlib.suppress(OSError):  # too long: it may be many names
+        return "folder" if Path(path).is_dir() else "file" if Path(path).is_file() else ""
+    return ""
+
+
+def words(name: str, text: str) -> list[str]:
+    """The words of the parameter `name`, separated by spaces, quoted as in a shell. InputError if a quote is open."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{name} {text!r}: {error}; quote names with spaces or ' in them, as in a shell") from None
 
 
 def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:

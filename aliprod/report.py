@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 
 from aliprod import InputError, features, manifest, metrics, reliability
 from aliprod.features import Features
-from aliprod.images import Images, decode
+from aliprod.images import Images, Preprocessing, load
 from aliprod.model import Recogniser
 from aliprod.prediction import predict
 from aliprod.recipe import Round
 from aliprod.taxonomy import Levels, Taxonomy
 from aliprod.training import Report
+
+SMALL = Preprocessing(256, (1, 1, 1), (1, 1, 1), "bilinear")  # photographs in figures; bars are white
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def map_by_frequency(per_class: pd.DataFrame, groups: int = 6) -> Figure:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     names = [f"{row.least}-{row.most}\n({row.size} classes)" for row in bars.itertuples()]
-    axes.bar_label(axes.bar(names, bars["map"]), fmt="%.2f")
+    axes.bar_label(axes.bar(range(len(bars)), bars["map"], tick_label=names), fmt="%.2f")
     axes.set(title="MAP by training photographs a class", ylim=(0, 1.08), ylabel="MAP")
     return figure
 
@@ -245,8 +247,8 @@ def confusion(predictions: pd.DataFrame, per_class: pd.DataFrame, worst: int = 1
     axes = figure.subplots()
     if len(labels):
         axes.imshow(shares, cmap="magma", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(columns)), titles[columns], rotation=90, fontsize=7)
-        axes.set_yticks(range(len(labels)), titles[labels], fontsize=7)
+        axes.set_xticks(range(len(columns)), titles[columns], rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(labels)), titles[labels], fontsize=7, parse_math=False)
     axes.set(title="Least recognised classes", xlabel="taken for", ylabel="truth")
     return figure
 
@@ -272,7 +274,7 @@ def icicle(predictions: pd.DataFrame, levels: Levels) -> Any:
     import plotly.graph_objects as go  # takes a second: only those who draw wait for it
 
     labels, preds = (predictions[name].to_numpy() for name in ("label", "pred"))
-    frames = []
+    frames = [pd.DataFrame({"id": ["all"], "parent": "", "count": len(labels), "right": len(labels)})]
     for level, (nodes, names) in enumerate(zip(levels.ancestors, levels.names, strict=True)):
         above = levels.names[level - 1][levels.parents[level - 1]] if level else np.full(len(names), "all")
         shown = nodes[labels]
@@ -281,7 +283,6 @@ def icicle(predictions: pd.DataFrame, levels: Levels) -> Any:
         frames.append(pd.DataFrame({"id": names, "parent": above, "count": counts, "right": right}))
     tree = pd.concat(frames)
     tree = tree[(tree["id"] != tree["parent"]) & (tree["count"] > 0)]  # a class stands in for itself but once
-    tree.loc[len(tree)] = ["all", "", len(labels), len(labels)]
     figure = go.Figure(
         go.Icicle(
             ids=tree["id"],
@@ -307,8 +308,8 @@ def thumbnails(dropped: pd.DataFrame, files: pd.Series, names: pd.Series, count:
     figure = Figure(figsize=(16, 1.9 * height), layout="constrained")
     for place, (row, class_id) in enumerate(shown["class_id"].items(), start=1):
         axes = figure.add_subplot(height, 10, place)
-        axes.imshow(decode(Path(files[row]).read_bytes()))
-        axes.set_title(str(names[class_id])[:22], fontsize=7)
+        axes.imshow(load(Path(files[row]).read_bytes(), SMALL))
+        axes.set_title(str(names[class_id])[:22], fontsize=7, parse_math=False)
         axes.set_axis_off()
     return figure
 
@@ -321,7 +322,8 @@ def mistakes(predictions: pd.DataFrame, classes: pd.DataFrame, files: pd.Series,
     names = (classes["name"].where(classes["name"] != "", classes["class_id"])).str.slice(0, 30)
     for place, answer in enumerate(wrong.assign(file=files).itertuples(), start=1):
         axes = figure.add_subplot(-(-len(wrong) // 5), 5, place)
-        axes.imshow(decode(Path(answer.file).read_bytes()))
-        axes.set_title(f"is {names[answer.label]}\nsaid {names[answer.pred]}, {answer.confidence:.0%}", fontsize=8)
+        axes.imshow(load(Path(answer.file).read_bytes(), SMALL))
+        title = f"is {names[answer.label]}\nsaid {names[answer.pred]}, {answer.confidence:.0%}"
+        axes.set_title(title, fontsize=8, parse_math=False)
         axes.set_axis_off()
     return figure

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from aliprod import InputError
-from aliprod.prediction import image_files
+from aliprod.prediction import image_files, words
 from entrypoints.command import command
 from tracking import enrolments, runs
 
@@ -16,7 +16,7 @@ def main(model: str, classes: str, images: str, work: Path) -> None:
         raise InputError("withdraw: give classes, images or both")
     with runs.start("withdraw", work, {"model": model}) as run:
         files = image_files(images) if images else []
-        gone, made = enrolments.withdraw(run, model, classes.split(), files, work)
+        gone, made = enrolments.withdraw(run, model, words("classes", classes), files, work)
     print(f"{len(gone)} photographs of {gone['class_id'].nunique()} classes withdrawn\nmodel: {made}")
 
 

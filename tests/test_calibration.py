@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import cross_entropy
 
 from aliprod import (
+    InputError,
     assembly,
     calibration,
     catalogue,
@@ -91,6 +92,14 @@ def test_all_right_or_all_wrong_stays_within_bounds(count):
     assert confidence < (count + 1) / (count + 2)  # no surer than the count allows
     assert calibration.temperature(lambda: []) == 1
     assert calibration.temperature(lambda: [(logits, logits.argmin(dim=1))], bounds=(0.5, 2)) == pytest.approx(2, 1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_refused(value):
+    logits, labels = logits_and_labels(30, 5)
+    logits[7, labels[7]] = value
+    with pytest.raises(InputError, match="not finite"):
+        calibration.temperature(lambda: [(logits, labels)])
 
 
 @pytest.mark.parametrize("confidence", ["smooth", "tied", "equal", "sure"])

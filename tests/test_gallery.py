@@ -1,7 +1,9 @@
 """Products are recognised from a few photographs, can be withdrawn again, and each time is a version of the model."""
 
 import base64
+import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -146,6 +148,26 @@ def test_the_scale_makes_vals_labels_likeliest(shop_):
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(1, 1000), method="bounded")
     assert loss(gallery.scale) < best.fun + 0.05 < loss(1) - 0.1  # of so few labels calibration is wary
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_one_photograph_a_class_is_enough_however_often_it_is_listed(shop_, repeats):
+    one, saved = copy.copy(shop_.stored), shop_.saved()
+    first = np.unique(one.labels, return_index=True)[1]
+    one.rows = np.repeat(first, repeats)
+    gallery = enrolment.of_embeddings(one, shop_.val, saved.classes, saved.model.width, DEVICE)
+    directions = torch.nn.functional.normalize(torch.from_numpy(one.store.take(one.codes[first])))
+    places = torch.nn.functional.normalize(directions - directions.mean(dim=0))
+    torch.testing.assert_close(gallery.prototypes, places, atol=1e-3, rtol=0)  # no spread: nothing is whitened
+    assert 1 < gallery.scale < 1000 and gallery.scale != pytest.approx(1000**0.5, rel=1e-4)
+
+
+def test_the_scale_is_fitted_to_all_classes_even_where_faiss_finds_a_few(shop_, monkeypatch):
+    saved = shop_.saved()
+    monkeypatch.setattr("aliprod.gallery.NEAREST", 2)
+    monkeypatch.setattr(enrolment, "Gallery", functools.partial(Gallery, exact=4))
+    made = enrolment.of_embeddings(shop_.stored, shop_.val, saved.classes, saved.model.width, DEVICE)
+    assert made.index(DEVICE).faiss and made.scale == pytest.approx(saved.gallery.scale, rel=1e-3)
 
 
 def test_a_class_never_trained_on_is_recognised_and_one_trained_on_still(shop_):

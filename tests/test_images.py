@@ -61,6 +61,17 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def icon(png: bytes) -> bytes:
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(png), 22) + png
+
+
+def png_black(side: int) -> bytes:
+    """A bit a pixel: a few kilobytes that Pillow makes gigabytes of."""
+    start, _, end = png_header(1, 1).partition(chunk(b"IDAT", zlib.compress(b"")))
+    start = start[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return start + chunk(b"IDAT", zlib.compress(bytes((1 + -(-side // 8)) * side))) + end
+
+
 def distance(first: np.ndarray, second: np.ndarray) -> float:
     assert first.shape == second.shape
     return np.abs(first.astype(float) - second).mean()
@@ -89,6 +100,9 @@ OPAQUE = {
     "BMP grey": encode(PHOTO.convert("L"), "BMP"),
     "BMP palette": encode(PHOTO.quantize(32), "BMP"),
     "TIFF": encode(PHOTO, "TIFF"),
+    "AVIF": encode(PHOTO, "AVIF"),
+    "JPEG 2000": encode(PHOTO, "JPEG2000"),
+    "PPM": encode(PHOTO, "PPM"),
 }
 RGBA = Image.fromarray(np.dstack([PIXELS, ALPHA]))
 PALETTE = PHOTO.quantize(16)
@@ -193,6 +207,8 @@ def test_real_photographs_are_read_as_pillow_reads_them(grocery):
         (OPAQUE["JPEG"][:2], "not an image"),
         (png_header(60_000, 60_000), f"too many pixels; at most {MAX_PIXELS} in all are read"),
         (png_header(8001, 8000), f"8001 x 8000 pixels; at most {MAX_PIXELS} in all are read"),
+        (icon(png_black(9000)), "not an image"),
+        (encode(PHOTO.resize((32, 32)), "ICNS"), "not an image"),
         (png_header(100, 100), "the PNG is damaged or cut short"),
     ],
 )
@@ -201,6 +217,11 @@ def test_what_is_no_picture_is_refused_before_anything_is_allocated(data, reason
     with pytest.raises(InputError, match=f"^{re.escape(reason)}"):
         decode(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+def test_pillows_own_limit_is_named_where_it_is_lower():
+    with pytest.raises(InputError, match=f"at most {2 * Image.MAX_IMAGE_PIXELS} in all are read"):
+        decode(png_header(60_000, 60_000), max_pixels=10**10)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 0.995])
@@ -296,6 +317,14 @@ def test_the_seed_alone_decides_what_augmentation_does(augment):
     for seed in reversed(range(24)):
         np.testing.assert_array_equal(load(OPAQUE["PNG"], NETWORK, augment, seed), first[seed])
     assert len({picture.tobytes() for picture in first}) > 12
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_augmentation_survives_what_opencv_does_not_turn(augment):
+    for height, width in ((1, 40_000), (40_000, 5)):
+        data = encode(np.full((height, width, 3), 255, np.uint8))
+        seen = [load(data, NETWORK, augment, seed) for seed in range(4)]  # as often as not it is turned
+        assert {picture.shape for picture in seen} == {(64, 64, 3)} and max(map(np.max, seen)) == 255
 
 
 @pytest.mark.parametrize("augment", ["light", "strong"])

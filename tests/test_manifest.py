@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aliprod import InputError, manifest
+from aliprod import InputError, enrolment, manifest, prediction
 
 GOOD = {"class_id": "00012", "image_id": "a.jpg"}
 HEADER = b"split,class_id,image_id\n"
@@ -158,6 +158,8 @@ def test_a_table_edited_elsewhere_is_read(tmp_path):
         (b"\n\n", "not a CSV table"),
         (b"a,class_id\n1,2\n", "no column split, image_id; found a, class_id"),
         (b"split,class_id\ntrain,1\n", "no column image_id; found split, class_id"),
+        (b"split,class_id,image_id,split\ntrain,1,x,val\n", "column split is there twice"),
+        (b"n\xe4me,class_id\n1,2\n", "not a CSV table"),
         (HEADER, "it lists no photographs"),
         (HEADER + b"train,1\n", "not a CSV table: CSV parse error: Expected 3 columns, got 2"),
         (HEADER + b"train,1,\xff\n", "not a CSV table"),
@@ -323,3 +325,63 @@ def test_a_select_list_chooses_classes_by_their_confidence(tmp_path):
     manifest.write_csv(listed[["class_id"]], tmp_path / "list.csv")
     with pytest.raises(InputError, match=r"list.csv: no column confidence; found class_id"):
         manifest.select_listed(uneven(), tmp_path / "list.csv", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "not a CSV table: Empty CSV file"),
+        (b"class_id,confidence\n1,0.5\n2,0.5,3\n", "not a CSV table: CSV parse error: Expected 2 columns, got 3: 2,0"),
+        (b"class_id,confidence\nL\xe4mna,0.5\n", "not a CSV table"),
+        (b"class_id,confidence\n1,0.5\n2,high\n", "record 1 (class_id '2', confidence 'high'): confidence must be"),
+        (b"class_id,confidence\n1,\n", "record 0 (class_id '1', confidence ''): confidence must be a number"),
+    ],
+)
+def test_a_select_list_that_is_none_is_refused(tmp_path, text, words):
+    path = tmp_path / "list.csv"
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=f"^{re.escape(f'{path}: {words}')}"):
+        manifest.select_listed(uneven(), path, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "not a CSV table: Empty CSV file"),
+        (b"file,class_id\na.jpg\n", "not a CSV table: CSV parse error: Expected 2 columns, got 1: a.jpg"),
+        (b"file,class_id\nl\xf6k.jpg,1\n", "not a CSV table"),
+        (b"photo,class_id\na.jpg,1\n", "no column file; found photo, class_id"),
+        (b"file,class_id\n", "it lists no photographs"),
+        (b"file,class_id\na.jpg,1\n,2\n", r"record 1 \(file ''.*\): file is missing"),
+    ],
+)
+def test_a_list_of_files_that_is_none_is_refused_by_all_that_take_one(tmp_path, text, words):
+    path = tmp_path / "files.csv"
+    path.write_bytes(text)
+    for read in (enrolment.listed, prediction.image_files):
+        with pytest.raises(InputError, match=f"^{re.escape(str(path))}: {words}"):
+            read(str(path))
+
+
+def test_files_are_relative_to_their_list_and_other_columns_do_no_harm(tmp_path):
+    (tmp_path / "files.csv").write_bytes(b"name,,file,\nNA,1,a.jpg,\xff\n,2,b/c.jpg,\n")
+    listed = manifest.read_files(tmp_path / "files.csv", perhaps=("name", "path"))
+    assert listed.to_numpy().tolist() == [[f"{tmp_path}/a.jpg", "NA", ""], [f"{tmp_path}/b/c.jpg", "", ""]]
+    assert prediction.image_files(str(tmp_path / "files.csv")) == listed["file"].tolist()
+
+
+def test_any_number_of_files_may_be_named_and_an_open_quote_is_refused(tmp_path):
+    files = [str(tmp_path / f"{number:0100}.jpg") for number in range(60)]  # 60 of them are too long to be one name
+    for file in files:
+        Path(file).touch()
+    assert prediction.image_files(" ".join(files)) == files
+    (tmp_path / "Lay's.jpg").touch()
+    assert prediction.image_files(f"{tmp_path}/Lay's.jpg") == [f"{tmp_path}/Lay's.jpg"]
+    with pytest.raises(InputError, match=r"images \".+Lay's.jpg\": No closing quotation; quote names with spaces or '"):
+        prediction.image_files(f"{files[0]} {tmp_path}/Lay's.jpg")
+    with pytest.raises(InputError, match="classes .*: No closing quotation"):
+        prediction.words("classes", "Lay's")
+    with pytest.raises(InputError, match="no such file or folder: x{300}"):
+        prediction.image_files(f"{files[0]} {'x' * 300}")
+    with pytest.raises(InputError, match="give a folder with a subfolder a class, a .csv, or class_id too"):
+        enrolment.listed(" ".join(files))
