@@ -3,7 +3,9 @@
 import base64
 import functools
 import importlib.metadata
+import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +126,7 @@ def fetch(name: str) -> Path:
 
 def download(**what: str) -> Path:
     """An artifact, as of mlflow.artifacts.download_artifacts, in a folder that goes when this process ends."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()))
     place = tempfile.mkdtemp(dir=_downloads().name)
     return Path(mlflow.artifacts.download_artifacts(dst_path=place, **what))
 
