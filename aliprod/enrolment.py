@@ -144,9 +144,9 @@ def withdraw(saved: Saved, class_ids: list[str], files: list[str]) -> tuple[Gall
     before = _gallery(saved)
     if unknown := sorted(set(class_ids) - set(before.enrolled["class_id"])):
         raise InputError(f"class {unknown[0]!r}: no photograph of it is enrolled")
-    shas = {file: _sha256(file) for file in files}
+    shas, enrolled = {file: _sha256(file) for file in files}, set(before.enrolled["sha256"])
     for file, (sha, reason) in shas.items():
-        if sha not in set(before.enrolled["sha256"]):
+        if sha not in enrolled:
             raise InputError(f"{file}: {reason or 'not enrolled'}")
     leaving = before.enrolled["class_id"].isin(class_ids)
     leaving |= before.enrolled["sha256"].isin([sha for sha, _ in shas.values()])

@@ -45,7 +45,10 @@ class Exported:
 
     def recognise(self, files: list[str] | list[bytes], top: int = 5) -> pd.DataFrame:
         """What each image shows, one row an image, in order: class_ids, names, paths, confidences, unknown and error,
-        as of prediction.recognise by the head. files: paths, or the bytes of image files."""
+        as of prediction.recognise by the head. files: paths, or the bytes of image files. InputError if `top` is out of
+        range."""
+        if top < 1:
+            raise InputError(f"top {top}: must be at least 1")
         images = Images(files, None, self.preprocessing)
         columns = [self.classes[name].to_numpy() for name in ("class_id", "name", "path")]
         unknown_below = float(self.metadata["unknown_below"])

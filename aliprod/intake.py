@@ -4,6 +4,10 @@ An image is bytes, base64 text or, of hosts that are allowed, a URL. What is wro
 """
 
 import base64
+import contextlib
+import socket
+import ssl
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +20,6 @@ from urllib.parse import SplitResult, urlsplit
 from aliprod import InputError
 from aliprod.images import MAX_PIXELS
 
-CONNECTIONS = {"http": HTTPConnection, "https": HTTPSConnection}
 FETCHES = 16  # at a time, a request
 PATIENCE = 10.0  # seconds for one fetch
 
@@ -83,30 +86,52 @@ class Limits:
         if url.netloc.lower() not in self.url_hosts:
             raise InputError(f"URLs of {url.netloc} are not allowed here; send the image itself in base64")
         deadline = time.monotonic() + PATIENCE
-        connection = CONNECTIONS[url.scheme.lower()](url.netloc, timeout=PATIENCE)
+        context = ssl.create_default_context() if url.scheme.lower() == "https" else None
+        connection: HTTPConnection = (
+            HTTPSConnection(url.netloc, timeout=PATIENCE, context=context)
+            if context
+            else HTTPConnection(url.netloc, timeout=PATIENCE)
+        )
+        late = threading.Event()
+
+        def cut() -> None:
+            late.set()
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(opened, socket.SHUT_RDWR)  # whatever is waited for ends
+
         try:
-            connection.connect()
-            peer = connection.sock.getpeername()[0]
-            if not ip_address(peer).is_global and peer not in {
-                urlsplit(f"//{host}").hostname for host in self.url_hosts
-            }:
-                raise InputError(f"{url.netloc} is at {peer}, an address that is not allowed here")
-            connection.request("GET", url._replace(scheme="", netloc="", path=url.path or "/", fragment="").geturl())
-            answer = connection.getresponse()
-            if answer.status != 200:
-                redirect = "; redirects are not followed" if answer.status // 100 == 3 else ""
-                raise HTTPException(f"{answer.status} {answer.reason}{redirect}")
-            data = bytearray()
-            while part := answer.read1(65536):
-                data += part
-                self._check(len(data))
-                if time.monotonic() > deadline:
+            HTTPConnection.connect(connection)  # of TLS no more than the socket, or there were none to cut
+            opened = connection.sock
+            if context:
+                opened = context.wrap_socket(opened, server_hostname=connection.host, do_handshake_on_connect=False)
+                connection.sock = opened
+            timer = threading.Timer(max(0, deadline - time.monotonic()), cut)
+            timer.start()
+            try:
+                return self._get(connection, url)
+            finally:
+                timer.cancel()
+                if late.is_set():  # whatever came of it
                     raise TimeoutError
-            if answer.length:
-                raise HTTPException(f"{answer.length} bytes are missing at its end")
-            return bytes(data)
         finally:
             connection.close()
+
+    def _get(self, connection: HTTPConnection, url: SplitResult) -> bytes:
+        peer = connection.sock.getpeername()[0]
+        if not ip_address(peer).is_global and peer not in {urlsplit(f"//{host}").hostname for host in self.url_hosts}:
+            raise InputError(f"{url.netloc} is at {peer}, an address that is not allowed here")
+        connection.request("GET", url._replace(scheme="", netloc="", path=url.path or "/", fragment="").geturl())
+        answer = connection.getresponse()
+        if answer.status != 200:
+            redirect = "; redirects are not followed" if answer.status // 100 == 3 else ""
+            raise HTTPException(f"{answer.status} {answer.reason}{redirect}")
+        data = bytearray()
+        while part := answer.read1(65536):
+            data += part
+            self._check(len(data))
+        if answer.length:
+            raise HTTPException(f"{answer.length} bytes are missing at its end")
+        return bytes(data)
 
 
 def _is_url(image: Any) -> bool:

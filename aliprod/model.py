@@ -78,13 +78,18 @@ class Recogniser(nn.Module):
         self.backbone_name = BACKBONES.get(backbone, backbone)
         try:
             self.backbone = timm.create_model(self.backbone_name, pretrained=False, num_classes=0)
-        except RuntimeError:
+        except (RuntimeError, ValueError, OSError) as error:  # OSError: names with a prefix are files or of the hub
             close = ", ".join(timm.list_models(f"*{backbone[:6]}*")[:5]) or "see timm.list_models()"
-            raise InputError(f"backbone {backbone!r} is unknown: {', '.join(BACKBONES)}, or timm's ({close})") from None
+            reason = str(error).partition("\n")[0]
+            choices = f"{', '.join(BACKBONES)}, or timm's ({close})"
+            raise InputError(f"backbone {backbone!r}: {reason}; must be {choices}") from None
         config = self.backbone.pretrained_cfg
         self.preprocessing = preprocessing or Preprocessing(
             image_size, tuple(config["mean"]), tuple(config["std"]), config["interpolation"]
         )
+        size, own = self.preprocessing.image_size, config["input_size"][-1]
+        if config.get("fixed_input_size") and size != own:
+            raise InputError(f"image_size {size}: must be {own} with the backbone {self.backbone_name}")
         self.backbone.to(memory_format=torch.channels_last)
         self.width, self.num_classes = self.backbone.head_hidden_size, num_classes
         self.head_options = {"kind": "linear"} | (head or {})
@@ -309,7 +314,11 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"init {path}: not a file of weights: {reason}") from None
-    weights = weights.get("state_dict", weights)
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
+        raise InputError(f"init {path}: holds a {type(weights).__name__}; must be tensors by name, be it in state_dict")
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     ours = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
     return ours or _without_classifier(weights)

@@ -49,7 +49,9 @@ class Axis(BaseModel):
         return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
 
     def __contains__(self, value: Any) -> bool:
-        return value in self.choices if self.choices else self.low <= value <= self.high
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, int | float) and self.low <= value <= self.high
 
     @property
     def extremes(self) -> tuple[Any, ...]:

@@ -207,7 +207,7 @@ class Study:
         own: a search that goes on draws as if it had never stopped. Close the generator to give a trial back.
         """
         axis = self.tuning.space.get("epochs")
-        self._study.pruner = PRUNERS[pruner](axis.extremes[-1] if axis else self.row.epochs)
+        self._study.pruner = PRUNERS[pruner](max(axis.extremes) if axis else self.row.epochs)
         while True:
             storages.fail_stale_trials(self._study)
             if self._taken(finished=True) >= trials:

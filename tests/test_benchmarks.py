@@ -1,15 +1,16 @@
 """The seed's algorithm as the benchmarks race it: wrong where it was wrong, right where it was right."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from aliprod import metrics, optim
+from aliprod import assembly, manifest, metrics, optim, taxonomy
 from aliprod.losses import Criterion
 from aliprod.recipe import Round
-from benchmarks import rounds
+from benchmarks import enrolment, hierarchy, rounds
 
 LABELS = torch.tensor([0, 1])
 EASY_AND_HARD = torch.tensor([[4.0, 0.0], [2.0, 0.0]])
@@ -57,3 +58,18 @@ def test_our_centralisation_is_the_seeds():
     optim.centralize(torch.optim.Adam(head.parameters()))
     assert torch.allclose(head.weight.grad, gradient - gradient.mean(dim=1, keepdim=True))
     assert torch.equal(head.bias.grad, bias)
+
+
+def test_no_more_photographs_are_enrolled_than_the_rarest_class_has(row, shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = row.model_copy(update={"freeze": "all", "epochs": 1})
+    model, source, _ = hierarchy.material(row, shop)
+    tree = taxonomy.read(shop / "product_tree.json")
+    classes = assembly.describe(manifest.class_index(manifest.read(shop, "train")), tree)
+    assert classes["num_train"].min() == 6
+    train = np.arange(len(source.paths)) < classes["num_train"].sum()
+    table = pd.DataFrame(enrolment.score(enrolment.draw(0, row, model, source, classes, train, tree)))
+    assert sorted(table["shots"].unique()) == [0, 1, 2, 4] and set(table["way"]) == set(enrolment.WAYS)
+    assert table[["enrolled", "trained"]].stack().between(0, 1).all()
+    rows = enrolment.by_shots(table.assign(draw=0)).splitlines()
+    assert [line.count("±") for line in rows if line.startswith(("| 4 ", "| 8 "))] == [6, 0]

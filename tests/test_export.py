@@ -124,6 +124,9 @@ def test_files_are_answered_as_by_the_saved_model_unreadable_ones_too(made, shop
         confidences = [np.concatenate([[0.0], *table["confidences"]]) for table in (ours, theirs)]
         np.testing.assert_allclose(*confidences, atol=1e-4)
     assert exported.recognise(files, top=99)["class_ids"].str.len().max() == len(saved.classes)
+    for top in (0, -1):
+        with pytest.raises(InputError, match=f"top {top}: must be at least 1"):
+            exported.recognise(files, top=top)
 
 
 def test_a_file_is_used_where_there_is_no_torch(made, shop, tmp_path):

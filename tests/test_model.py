@@ -43,9 +43,17 @@ def test_the_seeds_names_are_timms_networks():
         assert timm.is_model(theirs), ours
 
 
-def test_an_unknown_backbone_is_refused_with_the_choices():
-    with pytest.raises(InputError, match="resnot50.*res2net_v1b_50"):
-        Recogniser("resnot50", 2)
+@pytest.mark.parametrize("name", ["resnot50", "/nowhere", "timm/resnet18", "local-dir:/nowhere", ""])
+def test_an_unknown_backbone_is_refused_with_the_choices(name):
+    with pytest.raises(InputError, match=f"^backbone '{name}': .*must be efficientnet_lite0, .*res2net_v1b_50"):
+        Recogniser(name, 2)
+
+
+def test_a_backbone_of_one_size_is_refused_at_another():
+    size = timm.create_model("test_vit").pretrained_cfg["input_size"][-1]
+    assert Recogniser("test_vit", 2, image_size=size).eval()(photographs(1, size)).shape == (1, 2)
+    with pytest.raises(InputError, match=f"image_size 96: must be {size} with the backbone test_vit"):
+        Recogniser("test_vit", 2, image_size=96)
 
 
 @pytest.mark.parametrize(("freeze", "frozen_prefixes"), [("all", ("",)), (2, ("conv1", "bn1", "layer1"))])
@@ -145,6 +153,15 @@ def test_unreadable_weights_are_refused(tiny, tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"weights\.pth"):
         load_backbone(tiny, str(path))
+
+
+@pytest.mark.parametrize(
+    "held", [[1, 2], torch.zeros(3), {"epoch": 3, "model": {}}, {1: torch.zeros(3)}, {"state_dict": [torch.zeros(3)]}]
+)
+def test_a_file_of_something_else_is_refused(tiny, tmp_path, held):
+    torch.save(held, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=r"weights\.pth: holds a \w+; must be tensors by name"):
+        load_backbone(tiny, str(tmp_path / "weights.pth"))
 
 
 def test_a_backbone_comes_from_a_saved_model_without_its_head(tiny, tmp_path):

@@ -2,10 +2,12 @@
 
 import ast
 import base64
+import contextlib
 import http.server
 import io
 import json
 import shutil
+import socketserver
 import subprocess
 import sys
 import threading
@@ -316,6 +318,36 @@ def test_urls_are_fetched_from_allowed_hosts_alone(host, photographs, monkeypatc
     _, reasons = alone.take([f"http://localhost:{host.server_port}/photograph.jpg"])
     assert "at 127.0.0.1, an address that is not allowed here" in reasons[0] or "at ::1" in reasons[0]
     assert "not allowed here" in Limits().take([f"http://{here}/photograph.jpg"])[1][0]
+
+
+DRIPS = {  # what a server says at once, and then over and over
+    b"GET /head": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    b"GET /size": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+    b"GET /body": (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+    b"\x16\x03\x01": (b"\x16\x03\x03\x3f\xff", b"\x02"),  # TLS: a long record
+}
+
+
+def test_what_drips_is_given_up_wherever_it_does(monkeypatch):
+    class Drip(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked = self.request.recv(9000)
+            first, more = next(drip for begins, drip in DRIPS.items() if asked.startswith(begins))
+            with contextlib.suppress(OSError):
+                self.request.sendall(first)
+                for _ in range(100):  # for 5 seconds, unless they have had enough of it
+                    self.request.sendall(more)
+                    time.sleep(0.05)
+
+    monkeypatch.setattr(intake, "PATIENCE", 0.5)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"127.0.0.1:{server.server_address[1]}"
+        urls = [f"http://{here}/{name}" for name in ("head", "size", "body")] + [f"https://{here}"]
+        files, reasons = Limits(url_hosts=frozenset([here])).take(urls)
+        server.shutdown()
+    assert set(reasons.values()) == {"the URL cannot be fetched: not done after 0.5 seconds"}
+    assert files == [b""] * 4 and sorted(reasons) == [0, 1, 2, 3]
 
 
 def test_limits_come_from_the_environment():

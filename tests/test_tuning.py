@@ -111,6 +111,8 @@ def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
         ('schedule = ["step", "cosine"]\n', "", "tune tiny: lr_step means nothing where schedule is 'cosine'"),
         ("lr_step = [1, 2] }", "lr_factor = 0.5 }", "first 1: lr_factor is no field of this space: lr, schedule"),
         ("lr_step = [1, 2] }", "lr_step = [2, 5] }", "first 2: lr_step 5 is not in its space, 1 to 4"),
+        ("lr_step = [1, 2] }", 'lr = "fast" }', "first 1: lr 'fast' is not in its space, 1e-05 to 0.1, log"),
+        ("lr_step = [1, 2] }", 'lr_step = [1, "2"] }', "first 2: lr_step '2' is not in its space, 1 to 4"),
         ("first = [{", "objective = [{", "tune 1: objective [{"),
         ('round = "tiny"', 'round = "tiny"\nobjective = "f1"', "tune 1: objective 'f1': must be 'map', 'gap', 'acc"),
         ('round = "tiny"', 'round = "big"', "no round 'big'; it has tiny"),
@@ -143,6 +145,18 @@ def test_a_search_starts_with_the_round_as_written_and_the_grid(tuned):
         {"lr": 1e-3, "schedule": "step", "warmup_epochs": 0.0, "lr_step": 1},
         {"lr": 1e-3, "schedule": "step", "warmup_epochs": 0.0, "lr_step": 2},
     ]
+
+
+@pytest.mark.parametrize("epochs", ["[9, 4]", "[4, 9]", "{ low = 4, high = 9 }"])
+def test_trials_are_pruned_on_the_scale_of_the_longest(tuned, tmp_path, epochs):
+    Path(tuned).write_text(f"{Path(tuned).read_text()}epochs = {epochs}\n")
+    table, row = read(tuned).tuning("")
+    study = tuning.join(f"sqlite:///{tmp_path / 'study.db'}", "study", row, table, {})
+    study.open("0123")
+    trials = study.search(1, "random", "hyperband", 0)
+    next(trials)
+    assert study._study.pruner._max_resource == 9
+    trials.close()
 
 
 @pytest.mark.parametrize("sampler", tuning.SAMPLERS)
