@@ -3,11 +3,13 @@
 import ast
 import base64
 import contextlib
+import datetime
 import http.server
 import io
 import json
 import shutil
 import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -27,6 +29,9 @@ import psutil
 import pytest
 import torch
 from conftest import Server
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
 from aliprod import InputError, assembly, images, intake, manifest, model
@@ -348,6 +353,42 @@ def test_what_drips_is_given_up_wherever_it_does(monkeypatch):
         server.shutdown()
     assert set(reasons.values()) == {"the URL cannot be fetched: not done after 0.5 seconds"}
     assert files == [b""] * 4 and sorted(reasons) == [0, 1, 2, 3]
+
+
+def test_https_is_fetched_from_whom_the_certificate_is_of(tmp_path, monkeypatch):
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    none = serialization.NoEncryption()
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, none)
+    certificate = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    (tmp_path / "both.pem").write_bytes(secret + certificate)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+
+    class Greet(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                continue
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+    class Host(socketserver.TCPServer):
+        def get_request(self):
+            taken, address = super().get_request()
+            return context.wrap_socket(taken, server_side=True), address
+
+    with Host(("127.0.0.1", 0), Greet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hosts = [f"{name}:{server.server_address[1]}" for name in ("localhost", "127.0.0.1")]
+        limits = Limits(url_hosts=frozenset([*hosts, "127.0.0.1"]))
+        urls = [f"https://{host}/photograph" for host in hosts]
+        strange = limits.take(urls[:1])
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "both.pem"))
+        known = limits.take(urls)
+        server.shutdown()
+    assert "certificate verify failed: self-signed" in strange[1][0]
+    assert known[0] == [b"hello", b""] and "IP address mismatch" in known[1][1]
 
 
 def test_limits_come_from_the_environment():
