@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from aliprod import InputError, assembly, enrolment
+from aliprod import InputError, assembly, enrolment, prediction
 from aliprod.gallery import Gallery
 from aliprod.model import Saved, load
 from tracking import models, registry
@@ -73,7 +73,7 @@ def carried(model: str) -> pd.DataFrame:
 
 def listed(images: str, class_id: str, name: str, path: str) -> pd.DataFrame:
     """As enrolment.listed, but `images` may also name a model: then all that is enrolled there."""
-    if (Path(images) / "config.json").exists() or re.fullmatch(r"newest|[0-9a-f]{32}|(runs|models):/.+", images):
+    if prediction.kind(f"{images}/config.json") or re.fullmatch(r"newest|[0-9a-f]{32}|(runs|models):/.+", images):
         if class_id or name or path:
             raise InputError(f"class_id, name, path: not to be given with a model's photographs, {images!r}")
         return carried(images)
