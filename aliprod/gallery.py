@@ -203,9 +203,7 @@ class Gallery:
         return Gallery(**tensors, trained=trained, enrolled=enrolled, folder=folder)
 
 
-def answering(
-    saved: "Saved", using: str
-) -> tuple["Saved", Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None]:
+def answering(saved: "Saved", using: str) -> tuple["Saved", Fuse | None]:
     """Whose classes and tree the answers are of, and prediction.predict's `fuse`, when answering by `using`.
 
     "head": the classes trained on; "gallery": all, by similarity alone; "both": all, fused, which is the head where

@@ -3,7 +3,6 @@
 import contextlib
 import shlex
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def predict(
     levels: Levels | None = None,
     embedding: bool = False,
     temperature: float | np.ndarray = 1.0,
-    fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    fuse: gallery.Fuse | None = None,
 ) -> pd.DataFrame:
     """The model's answers for every readable row of `source`; the index is the row.
 

@@ -5,7 +5,6 @@ from typing import Literal
 
 from aliprod import manifest, report
 from aliprod.assembly import device
-from aliprod.model import load
 from entrypoints.command import command, data_folder
 from tracking import copies, models, rounds, runs
 
@@ -13,7 +12,7 @@ from tracking import copies, models, rounds, runs
 def main(model: str, data: str, split: str, precision: Literal["fp32", "bf16", "fp16", "mixed"], work: Path) -> None:
     """model: newest, a run id, an MLflow URI or a saved folder; data: a folder, or demo; split: its <split>.json, or
     a .csv; precision: of the arithmetic; work: for cached embeddings."""
-    saved = load(models.fetch(model))
+    saved = models.load(model)
     folder = data_folder(data, work)
     table = manifest.read(folder, copies.local(split, work))
     with runs.start(f"evaluate {split}", work, {"model": model, "data": manifest.digest(table)}) as run:

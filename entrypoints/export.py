@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pydantic import PositiveFloat, PositiveInt
 
-from aliprod.model import load
 from entrypoints.command import command, data_folder
 from tracking import models, runs
 
@@ -16,7 +15,7 @@ def main(model: str, data: str, output: Path, limit: PositiveInt, tolerance: Pos
     sent."""
     from aliprod import export  # takes seconds: a mistake in the command line need not wait for it
 
-    saved = load(models.fetch(model))
+    saved = models.load(model)
     folder = data_folder(data, work) if data else None
     output.parent.mkdir(parents=True, exist_ok=True)
     with runs.start("export", work, {"model": model}) as run:

@@ -7,7 +7,6 @@ from pydantic import Field, PositiveInt
 
 from aliprod.assembly import device
 from aliprod.manifest import write_csv
-from aliprod.model import load
 from aliprod.prediction import image_files, recognise, wide
 from entrypoints.command import command
 from tracking import models, runs
@@ -21,7 +20,7 @@ def main(
     files, separated by spaces; top: answers an image; sure: the probability below which the answer is a node further up
     the tree; using: head (classes trained on), gallery (all, by similarity) or both (all); output: the CSV to write;
     work: for what waits to be sent."""
-    saved = load(models.fetch(model))
+    saved = models.load(model)
     saved.model.to(device())
     files = image_files(images)
     with runs.start("predict", work, {"model": model}) as run:

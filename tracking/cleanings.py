@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 
 from aliprod import assembly, cleaning, crossfit, manifest, report, taxonomy
-from aliprod.model import load
 from aliprod.prediction import predict_table
 from aliprod.recipe import Cleaning
 from tracking import models, steps
@@ -25,7 +24,7 @@ def clean(run: Run, recipe: str, row: Cleaning, data: Path, work: Path, done: di
     classes = manifest.class_index(table)
     print(f"{recipe}/{row.name}: {len(table)} photographs of {len(classes)} classes, run {run.id}", flush=True)
     answers = []
-    for saved in (load(models.fetch(source)) for source in sources):
+    for saved in map(models.load, sources):
         saved.model.to(assembly.device())
         given = (saved, table, classes, data, work / "features", row.precision)
         answers.append(crossfit.answers(*given, row.folds, row.seed) if row.folds else predict_table(*given))

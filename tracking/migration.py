@@ -4,7 +4,6 @@ The file is read from a copy and left as it is. The server must not be running; 
 """
 
 import argparse
-import hashlib
 import shutil
 import sqlite3
 import sys
@@ -15,7 +14,7 @@ from mlflow.store.db.utils import _is_empty_database, _safe_initialize_tables, _
 from sqlalchemy import Connection, Engine, MetaData, Table, func, insert, inspect, select, text, update
 
 from aliprod import InputError
-from tracking import server
+from tracking import server, storage
 from tracking.parts import Died
 
 # Where MLflow notes where artifacts lie.
@@ -120,12 +119,7 @@ def _files(artifacts: list[Path], to: Path) -> None:
         shutil.copytree(folder, to, dirs_exist_ok=True)
         for path in (path for path in folder.rglob("*") if path.is_file()):
             copied = to / path.relative_to(folder)
-            assert _digest(copied) == _digest(path), f"{path} changed while it was copied"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            assert storage.digest(copied) == storage.digest(path), f"{path} changed while it was copied"
 
 
 def main() -> None:

@@ -281,10 +281,11 @@ def _candidates(names: str) -> list[str]:
             runs = [client.get_run(id) for id in ids if re.fullmatch("[0-9a-f]{32}", id)]
         except MlflowException as error:
             raise InputError(f"candidates {names!r}: {str(error).splitlines()[0]}") from None
-        if len(runs) != len(ids) or not all(map(models.logged, runs)):
+        if len(runs) != len(ids):
             runs = []
-    found = [model for model in map(models.logged, runs) if model]
-    if not found:
+    logged = [models.logged(run) for run in runs]
+    found = [model for model in logged if model]
+    if not found or not (experiment or all(logged)):
         raise InputError(
             f"candidates {names!r}: no model there; give ids of runs that logged one, newest, or an experiment's name"
         )

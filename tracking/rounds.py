@@ -99,11 +99,11 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     )
     about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
     made.save(folder, tables.classes, tables.tree, about | {"calibration": evaluation.calibration})
-    nearest = yardstick.answers(made, tables.gallery, tables.queries, job.data, work / "features", row.precision)
+    shown = (tables.gallery, tables.queries, job.data, work / "features", row.precision)
+    nearest = yardstick.answers(made, *shown)
     evaluation.scores.update(yardstick.scores(nearest))
     run.table(nearest, "yardstick.parquet")
-    shown = (tables.classes, tables.gallery, tables.queries, job.data, work / "features", row.precision)
-    enrolment.gallery(made, *shown).save(folder)
+    enrolment.gallery(made, tables.classes, *shown).save(folder)
     example = manifest.paths(evaluation.predictions.head(1), job.data)[0]
     log_evaluation(run, evaluation, step=row.epochs)
     run.model(folder, example, step=row.epochs)

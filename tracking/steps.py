@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 import aliprod
 from aliprod import InputError, manifest
 from aliprod.recipe import Cleaning, Round
-from tracking import models, spool
+from tracking import models, spool, storage
 
 WORDS = ("imagenet", "random", "train", "balanced", "newest")
 
@@ -55,13 +55,13 @@ def data_key(data: Path, train: str) -> str:
     and this library's code."""
     tables = [train, manifest.digest(manifest.read(data, "val"))]
     code = sorted(Path(aliprod.__file__).parent.glob("*.py"))
-    return _digest(tables + [_file_digest(path) for path in (*code, data / "product_tree.json") if path.exists()])
+    return _digest(tables + [storage.digest(path) for path in (*code, data / "product_tree.json") if path.exists()])
 
 
 def key(step: Round | Cleaning, data: str, sources: list[str]) -> str:
     """Digest of all that a step's result depends on: its row, `data_key`, and what the names in it resolve to."""
     row = step.model_dump(mode="json", exclude={"name", "reported", "init", "manifest", "models"})
-    listed = [_file_digest(Path(row["select_list"]))] if row.get("select_list") else []
+    listed = [storage.digest(Path(row["select_list"]))] if row.get("select_list") else []
     return _digest([row, data, [_identity(source) for source in sources], *listed])
 
 
@@ -92,13 +92,8 @@ def _identity(source: str) -> str:
     if re.fullmatch("[0-9a-f]{32}", source):
         return MlflowClient().get_run(source).data.tags.get("aliprod.key", source)
     path = Path(source) if Path(source).is_file() else models.fetch(source) / "model.safetensors"
-    return _file_digest(path)
+    return storage.digest(path)
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

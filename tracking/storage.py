@@ -145,10 +145,10 @@ def upload(source: Path, address: str) -> Uploaded:
                 if (
                     there
                     and there[0] == size
-                    and (_digest(path, "md5") == there[1] or intact(path, store.head_object(Bucket=bucket, Key=key)))
+                    and (digest(path, "md5") == there[1] or intact(path, store.head_object(Bucket=bucket, Key=key)))
                 ):
                     return False, size
-                about = {"Metadata": {"sha256": _digest(path, "sha256")}}
+                about = {"Metadata": {"sha256": digest(path)}}
                 manager.upload(str(path), bucket, key, about).result()
                 return True, size
 
@@ -200,10 +200,10 @@ def intact(path: Path, answer: dict[str, Any]) -> bool | None:
     """
     given = {name.lower(): value for name, value in answer["Metadata"].items()}.get("sha256", "")
     if re.fullmatch("[0-9a-f]{64}", given):
-        return _digest(path, "sha256") == given
+        return digest(path) == given
     encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
     if re.fullmatch("[0-9a-f]{32}", etag(answer)) and not encrypted:
-        return _digest(path, "md5") == etag(answer)
+        return digest(path, "md5") == etag(answer)
     return None
 
 
@@ -241,6 +241,12 @@ def explained(address: str) -> Iterator[None]:
         raise InputError(f"{address}: {error}") from None
 
 
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+
+
 def _files(source: Path, name: str) -> Iterator[tuple[Path, str]]:
     """The files of a folder, those of its sub-folders first, or the one file; each with its key."""
     if source.is_file():
@@ -248,11 +254,6 @@ def _files(source: Path, name: str) -> Iterator[tuple[Path, str]]:
     for folder, _, files in os.walk(source, topdown=False, followlinks=True):
         for path in (Path(folder) / file for file in sorted(files)):
             yield path, slashed(name) + path.relative_to(source).as_posix()
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def _refuse_strange(bucket: str, key: str) -> None:
