@@ -1,4 +1,4 @@
-"""The rules of the house: who may import what, one list of everything, files one can read in a sitting."""
+"""The rules of the house: who may import what, one list of everything, names that say what a file is for."""
 
 import ast
 import importlib
@@ -51,11 +51,9 @@ def test_only_tracking_imports_mlflow_and_only_tuning_optuna(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_a_file_has_one_job_a_name_and_an_end(file):
+def test_a_file_has_one_job_and_a_name(file):
     assert file.stem not in {"utils", "helpers", "common", "misc"}
     assert ast.get_docstring(ast.parse(file.read_text())), "says what it is for"
-    lines = file.read_text().count("\n")
-    assert lines <= (55 if file.parent.name == "entrypoints" and file.stem in ENTRIES else 330), f"{lines} lines"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
