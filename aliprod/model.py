@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import nn
 
-from aliprod import InputError, heads, taxonomy
+from aliprod import InputError, csvfile, heads, taxonomy
 from aliprod.gallery import Gallery
 from aliprod.images import Preprocessing
 
@@ -161,9 +161,9 @@ class Recogniser(nn.Module):
             **about,
         }
         (beside / "config.json").write_text(json.dumps(config, indent=2))
-        classes.to_csv(beside / "classes.csv", index=False)
+        csvfile.write(classes, beside / "classes.csv")
         if tree is not None:
-            tree.to_frame().to_csv(beside / "product_tree.csv", index=False)
+            csvfile.write(tree.to_frame(), beside / "product_tree.csv")
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, beside / "model.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
@@ -280,8 +280,8 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _read_classes(folder: Path) -> pd.DataFrame:
-    types = {"class_id": "str", "name": "str", "path": "str"}
-    return pd.read_csv(folder / "classes.csv", dtype=types, keep_default_na=False)
+    table = csvfile.read(folder / "classes.csv", ["class_id", "name", "path", "num_train"])
+    return table.astype({"num_train": "int64"})
 
 
 def _imagenet(name: str) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from aliprod import InputError
+from aliprod import InputError, textfile
 from aliprod.refusal import validated
 from aliprod.space import Tuning
 
@@ -247,8 +247,8 @@ def read(path: str | Path) -> Recipe:
     """Reads a recipe file: TOML with one [[round]] table a round. InputError names file, field and value."""
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(textfile.read(path))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}") from None
     parts: dict[str, type[BaseModel]] = {"round": Round, "clean": Cleaning, "tune": Tuning}
     return validated(Recipe, {"name": path.stem, **table}, str(path), parts)

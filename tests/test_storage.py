@@ -23,7 +23,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from aliprod import InputError, assembly, manifest, recipe
+from aliprod import InputError, assembly, csvfile, manifest, recipe
 from entrypoints import clean, evaluate
 from entrypoints.command import command
 from tracking import copies, models, parts, server, storage
@@ -395,7 +395,7 @@ def test_it_is_uploaded_and_mlflow_run_trains_from_there(s3, shop, store, row, a
     whole = manifest.read(shop, "train")
     listed = manifest.class_index(whole)[["class_id"]].assign(confidence=[0.9, 0.2] * 4)
     for name, table in {"part": whole.iloc[::2], "list": listed}.items():
-        manifest.write_csv(table, tmp_path / f"{name}.csv")
+        csvfile.write(table, tmp_path / f"{name}.csv")
         storage.upload(tmp_path / f"{name}.csv", f"{address}/{name}.csv")
     fields = {"manifest": f"{address}/part.csv", "select_list": f"{address}/list.csv", "min_confidence": 0.5}
     (tmp_path / "small.toml").write_text(recipe.to_toml(row.model_copy(update=fields)))
@@ -411,7 +411,7 @@ def test_tables_are_scored_and_cleaned_from_there_to_there(s3, shop, store, row,
     table = manifest.read(shop, "train").iloc[:-3]
     storage.upload(shop, f"{address}/shop")
     for name, rows in {"part": table, "few": manifest.read(shop, "val").iloc[:7]}.items():
-        manifest.write_csv(rows, tmp_path / f"{name}.csv")
+        csvfile.write(rows, tmp_path / f"{name}.csv")
         storage.upload(tmp_path / f"{name}.csv", f"{address}/{name}.csv")
     tables = assembly.tables(row, shop)
     assembly.model(row, len(tables.classes), "random").save(tmp_path / "model", tables.classes, tables.tree, {})

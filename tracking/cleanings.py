@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from aliprod import assembly, cleaning, crossfit, manifest, report, taxonomy
+from aliprod import assembly, cleaning, crossfit, csvfile, manifest, report, taxonomy
 from aliprod.prediction import predict_table
 from aliprod.recipe import Cleaning
 from tracking import models, steps
@@ -44,6 +44,6 @@ def clean(run: Run, recipe: str, row: Cleaning, data: Path, work: Path, done: di
     run.figure(report.thumbnails(dropped, files, names.where(names != "", names.index)), "figures/dropped.png")
     scores: dict[str, float] = {"num_dropped": len(dropped), "num_train": len(kept)}
     if (truth := data / "truth.csv").exists():
-        scores |= cleaning.detection(table, dropped, pd.read_csv(truth, dtype="str"))
+        scores |= cleaning.detection(table, dropped, csvfile.read(truth, [*manifest.COLUMNS, "true_class_id"]))
     run.metrics(scores, 0)
     return scores

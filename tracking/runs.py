@@ -19,7 +19,7 @@ from mlflow.data.pandas_dataset import from_pandas
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from aliprod import InputError, manifest
+from aliprod import InputError, csvfile, manifest
 from tracking.spool import Spool, away, insistent, send_waiting
 
 EXPERIMENT = "aliprod"  # for runs that `mlflow run` did not start
@@ -66,7 +66,7 @@ class Run:
         """A table as an artifact, .csv or .parquet by its name."""
         path = self._artifact_path(name)
         if path.suffix == ".csv":
-            manifest.write_csv(table, path)
+            csvfile.write(table, path)
         else:
             table.to_parquet(path, index=False)
         self.spool.put("artifact", path=str(path), folder=_folder(name))
