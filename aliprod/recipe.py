@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from aliprod import InputError, textfile
+from aliprod import InputError, parameters, textfile
 from aliprod.refusal import validated
 from aliprod.space import Tuning
 
@@ -260,17 +260,9 @@ def cleaning(**fields: Any) -> Cleaning:
 
 
 def override(row: Round, overrides: str) -> Round:
-    """A round with fields replaced, written as "lr=3e-4 epochs=2"; values as in TOML, plain words allowed."""
-    changes: dict[str, Any] = {}
-    for item in overrides.split():
-        field, equals, text = item.partition("=")
-        if not field or not equals:
-            raise InputError(f"overrides: {item!r} is not of the form field=value")
-        try:
-            changes[field] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            changes[field] = text
-    return replaced(row, changes, "overrides")
+    """A round with fields replaced, written as "lr=3e-4 epochs=2", as of parameters.fields. InputError names the field
+    and value."""
+    return replaced(row, parameters.fields("overrides", overrides), "overrides")
 
 
 def replaced(row: Round, changes: dict[str, Any], source: str) -> Round:

@@ -1,8 +1,10 @@
 """Drops the photographs that models hold to be filed wrongly, into a new manifest."""
 
+import re
 from pathlib import Path
 
-from aliprod import recipe
+from aliprod import InputError, recipe
+from aliprod.parameters import paths
 from entrypoints.command import command, data_folder
 from tracking import cleanings, copies, runs, storage
 
@@ -15,8 +17,11 @@ def main(
     votes) or confident; folds: of cross-fitting; least: rows small classes grow to; precision, output (a path or
     s3:// address), seed, work."""
     base = output.removesuffix(".csv")
+    if base.endswith("/") or Path(base).name in ("", ".", "..", "dropped"):
+        raise InputError(f"output {output!r}: must end in a file's name, and that not be dropped.csv")
+    name = re.sub(r"[^\w.-]", "_", Path(base).name)  # of the artifacts: MLflow takes no other characters
     row = recipe.cleaning(
-        name=base.rpartition("/")[2], models=models.split(), manifest=manifest, rule=rule, min_accuracy=min_accuracy,
+        name=name, models=paths("models", models), manifest=manifest, rule=rule, min_accuracy=min_accuracy,
         votes=votes, folds=folds, least=least, precision=precision, seed=seed,
     )  # fmt: skip
     with runs.start(f"clean {rule}", work) as run:

@@ -5,14 +5,16 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn
 
-from pydantic import ValidationError, validate_call
+from pydantic import ConfigDict, Field, ValidationError, validate_call
 
-from aliprod import InputError, catalogue, interruption
+from aliprod import InputError, catalogue, first_line, interruption
 from tracking import copies, storage
 
 RECIPES = Path(__file__).parent / "recipes"
+FINITE = ConfigDict(allow_inf_nan=False)
+Minutes = Annotated[float, Field(ge=0, le=366 * 24 * 60)]  # to stop after, a year at most; 0: never
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,24 +37,44 @@ def command(main: Callable[..., None]) -> None:
         required = parameter.default is inspect.Parameter.empty
         parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
     try:
-        given = vars(parser.parse_args())
+        given = vars(parser.parse_args(_paired(sys.argv[1:], parser.names)))
         for name, parameter in inspect.signature(main).parameters.items():
-            if parameter.annotation is Path and storage.is_address(given[name]):
-                raise InputError(f"{name} {given[name]!r}: must be on this machine; `upload` puts it there")
-        validate_call(main)(**given)
+            _check(name, given[name], parameter.annotation)
+        validate_call(config=FINITE)(main)(**given)
     except ValidationError as error:
         first = error.errors()[0]
         _exit(2, f"{first['loc'][0]} {first['input']!r}: {first['msg']}")
     except (InputError, OSError) as error:
-        _exit(2, str(error))
+        _exit(2, str(error) or type(error).__name__)
     except Exception as error:
         from tracking.spool import away  # of MLflow, which takes a second to import and not every command needs
 
         if not away(error):
             raise
-        _exit(2, f"the tracking server does not answer: {str(error).splitlines()[0]}")
+        _exit(2, f"the tracking server does not answer: {first_line(error)}")
     except KeyboardInterrupt as stop:
         _exit(130, f"stopped{stop}")
+
+
+def _paired(arguments: list[str], names: list[str]) -> list[str]:
+    """The command line with each value joined to its name, as values may begin with a dash: ids, files, numbers."""
+    joined, rest = [], iter(arguments)
+    for word in rest:
+        value = next(rest, None) if word.removeprefix("--") in names else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
+
+
+def _check(name: str, text: str | None, kind: Any) -> None:
+    """InputError if a parameter's value cannot be what it is for, whatever that is."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} {text!r}: must be UTF-8") from None
+    if kind is Path and not text:
+        raise InputError(f"{name} {text!r}: must be the path of a file or folder")
+    if kind is Path and storage.is_address(text):
+        raise InputError(f"{name} {text!r}: must be on this machine; `upload` puts it there")
 
 
 def refuse(why: str, **given: str) -> None:

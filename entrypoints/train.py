@@ -1,15 +1,16 @@
 """Trains one round of a recipe, evaluates it on val and logs its model."""
 
+import shlex
 from pathlib import Path
 
 from aliprod import interruption
 from aliprod.recipe import override, read
-from entrypoints.command import command, data_folder, recipe_path, refuse
+from entrypoints.command import Minutes, command, data_folder, recipe_path, refuse
 from tracking import copies, rounds, runs
 
 
 def main(
-    recipe: str, round: str, data: str, init: str, overrides: str, resume: str, minutes: float, work: Path
+    recipe: str, round: str, data: str, init: str, overrides: str, resume: str, minutes: Minutes, work: Path
 ) -> None:
     """recipe: a name or a .toml file; round: of it, else the first; data: a folder, or demo; init: in place of the
     round's; overrides: fields of the round, as "lr=3e-4 epochs=2"; resume: a run's id, which says all the others;
@@ -27,7 +28,7 @@ def main(
             interruption.raise_on_signals(minutes)
             evaluation = rounds.train(run, job, work, resume)
         except KeyboardInterrupt:
-            command = f"mlflow run . -e train --env-manager local -P resume={run.id} -P work={work}"
+            command = f"mlflow run . -e train --env-manager local -P resume={run.id} -P {shlex.quote(f'work={work}')}"
             raise KeyboardInterrupt(f"; go on with: {command}") from None
     print(rounds.summary(run, evaluation))
     print("browse:    make server")

@@ -180,7 +180,7 @@ def test_the_words_of_keys_may_stand_in_texts(tmp_path):
 
 def test_half_a_character_is_refused_before_anything_is_made_of_it(tmp_path):
     (tmp_path / "product_tree.json").write_text('{"1": ["a", "b\\ud800"]}')
-    with pytest.raises(InputError, match=r"product_tree.json: '.*ud800' holds half a character"):
+    with pytest.raises(InputError, match=r"product_tree.json: '.*ud800.* holds half a character"):
         taxonomy.read(tmp_path / "product_tree.json")
     (tmp_path / "train.json").write_text('{"images": [{"class_id": "\\ud800x", "image_id": "a.jpg"}]}')
     with pytest.raises(InputError, match=r"train.json: .*"):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aliprod import InputError, csvfile, enrolment, manifest, prediction
+from aliprod import InputError, csvfile, enrolment, manifest, parameters, prediction
 
 GOOD = {"class_id": "00012", "image_id": "a.jpg"}
 HEADER = b"split,class_id,image_id\n"
@@ -380,10 +380,10 @@ def test_any_number_of_files_may_be_named_and_an_open_quote_is_refused(tmp_path)
     assert prediction.image_files(" ".join(files)) == files
     (tmp_path / "Lay's.jpg").touch()
     assert prediction.image_files(f"{tmp_path}/Lay's.jpg") == [f"{tmp_path}/Lay's.jpg"]
-    with pytest.raises(InputError, match=r"images \".+Lay's.jpg\": No closing quotation; quote names with spaces or '"):
+    with pytest.raises(InputError, match=r"images \".+Lay's.jpg\": No closing quotation; put what holds spaces"):
         prediction.image_files(f"{files[0]} {tmp_path}/Lay's.jpg")
     with pytest.raises(InputError, match="classes .*: No closing quotation"):
-        prediction.words("classes", "Lay's")
+        parameters.words("classes", "Lay's")
     with pytest.raises(InputError, match="no such file or folder: x{300}"):
         prediction.image_files(f"{files[0]} {'x' * 300}")
     with pytest.raises(InputError, match="give a folder with a subfolder a class, a .csv, or class_id too"):

@@ -19,7 +19,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
-from aliprod import InputError
+from aliprod import InputError, first_line
 
 if TYPE_CHECKING:
     from aliprod.model import Saved
@@ -117,7 +117,7 @@ def fetch(name: str) -> Path:
         try:
             local = download(artifact_uri=_uri(name))
         except (MlflowException, OSError) as error:
-            raise InputError(f"model {name!r} not found: {str(error).splitlines()[0]}") from None
+            raise InputError(f"model {name!r} not found: {first_line(error)}") from None
     found = list(local.glob("**/config.json"))
     if len(found) != 1:
         raise InputError(f"model {name!r} is no single model of this project's: it holds {len(found)} config.json")

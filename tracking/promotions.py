@@ -17,7 +17,8 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from aliprod import InputError, assembly, manifest, metrics, model, report, taxonomy, yardstick
+from aliprod import InputError, assembly, first_line, manifest, metrics, model, report, taxonomy, yardstick
+from aliprod.parameters import words
 from aliprod.prediction import recognise
 from tracking import models, registry
 from tracking.runs import Run
@@ -276,11 +277,11 @@ def _candidates(names: str) -> list[str]:
         finished = "attributes.status = 'FINISHED'"
         runs = mlflow.search_runs([experiment.experiment_id], finished, output_format="list")
     else:
-        ids = [models.newest({}, of_model=True) or ""] if names == "newest" else names.split()
+        ids = [models.newest({}, of_model=True) or ""] if names == "newest" else words("candidates", names)
         try:
             runs = [client.get_run(id) for id in ids if re.fullmatch("[0-9a-f]{32}", id)]
         except MlflowException as error:
-            raise InputError(f"candidates {names!r}: {str(error).splitlines()[0]}") from None
+            raise InputError(f"candidates {names!r}: {first_line(error)}") from None
         if len(runs) != len(ids):
             runs = []
     logged = [models.logged(run) for run in runs]

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from aliprod import InputError
+from aliprod import InputError, first_line
 from tracking.spool import insistent
 
 EXTRACTOR = "aliprod-extractor"
@@ -88,7 +88,7 @@ def rollback(work: Path) -> tuple[ModelVersion, ModelVersion]:
         try:
             client.set_registered_model_alias(EXTRACTOR, CHAMPION, left.tags["aliprod.over"])
         except MlflowException as error:
-            raise InputError(f"rollback: {str(error).splitlines()[0]}") from None
+            raise InputError(f"rollback: {first_line(error)}") from None
         client.set_model_version_tag(EXTRACTOR, left.version, "aliprod.decision", "rolled back")
         follow()
         back = champion()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -19,7 +20,7 @@ from mlflow.data.pandas_dataset import from_pandas
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from aliprod import InputError, csvfile, manifest
+from aliprod import InputError, csvfile, first_line, manifest
 from tracking.spool import Spool, away, insistent, send_waiting
 
 EXPERIMENT = "aliprod"  # for runs that `mlflow run` did not start
@@ -109,7 +110,8 @@ class Run:
         """Closes the run as FINISHED, FAILED or KILLED."""
         self.spool.put("end", status=status, time=_now())
         if not self.spool.close():
-            command = f"mlflow run . -e send --env-manager local -P work={self.folder.parents[1]}"
+            place = shlex.quote(f"work={self.folder.parents[1]}")
+            command = f"mlflow run . -e send --env-manager local -P {place}"
             print(f"the tracking server is away: run {self.id} waits in {self.folder} for `{command}`")
 
     def _artifact_path(self, name: str) -> Path:
@@ -146,7 +148,7 @@ def start(
         client.update_run(run_id, "RUNNING", name)
     except MlflowException as error:
         what = "does not answer" if away(error) else "opens no run"
-        reason = str(error).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise InputError(f"the tracking server {mlflow.get_tracking_uri()} {what}: {reason}") from None
     run = Run(run_id, work / "runs" / (f"{run_id}-{os.getpid()}" if join else run_id))
     run.tags({"git": git_state(), **(tags or {})})

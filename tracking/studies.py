@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import html
 import os
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -73,8 +75,8 @@ def tune(search: Search, work: Path) -> str:
     }
     name = search.name or f"{search.recipe}-{row.name}-{digest[:8]}"
     work.mkdir(parents=True, exist_ok=True)
-    storage = search.storage or f"sqlite:///{work.resolve() / 'studies.db'}"
-    study = tuning.join(storage, name, row, search.tuning, about)
+    storage = search.storage or sqlalchemy.URL.create("sqlite", database=str(work.resolve() / "studies.db"))
+    study = tuning.join(str(storage), name, row, search.tuning, about)
     with _parent(study, search, digest, work) as parent:
         init = rounds.source_of(job, digest)
         made = assembly.model(row, len(tables.classes), init, tables.levels)
@@ -189,7 +191,8 @@ def _conclude(study: Study, search: Search, parent: Run, work: Path) -> str:
     row = row.model_copy(update={name: _elsewhere(getattr(row, name), search.recipe) for name in ("init", "manifest")})
     title = f"{objective} {score:.4f} on val, trial {number} of study {study.name}"
     file = work / "best.toml"
-    command = f"mlflow run . -e train --env-manager local -P recipe={file} -P data={search.data}"
+    parameters = ("-P", f"recipe={file}", "-P", f"data={search.data}")
+    command = shlex.join(["mlflow", "run", ".", "-e", "train", "--env-manager", "local", *parameters])
     text = f"# {search.recipe}/{row.name}, tuned: {title}.\n#\n#   {command}\n\n{recipe.to_toml(row)}"
     with replacing(file) as beside:
         beside.write_text(text, encoding="utf-8")
