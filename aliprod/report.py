@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from aliprod import InputError, features, manifest, metrics, reliability
 from aliprod.features import Features
-from aliprod.images import Images, Preprocessing, load
+from aliprod.images import Images, Preprocessing, picture
 from aliprod.model import Recogniser
 from aliprod.prediction import predict
 from aliprod.recipe import Round
@@ -308,7 +308,7 @@ def thumbnails(dropped: pd.DataFrame, files: pd.Series, names: pd.Series, count:
     figure = Figure(figsize=(16, 1.9 * height), layout="constrained")
     for place, (row, class_id) in enumerate(shown["class_id"].items(), start=1):
         axes = figure.add_subplot(height, 10, place)
-        axes.imshow(load(Path(files[row]).read_bytes(), SMALL))
+        axes.imshow(picture(files[row], SMALL))
         axes.set_title(str(names[class_id])[:22], fontsize=7, parse_math=False)
         axes.set_axis_off()
     return figure
@@ -322,7 +322,7 @@ def mistakes(predictions: pd.DataFrame, classes: pd.DataFrame, files: pd.Series,
     names = (classes["name"].where(classes["name"] != "", classes["class_id"])).str.slice(0, 30)
     for place, answer in enumerate(wrong.assign(file=files).itertuples(), start=1):
         axes = figure.add_subplot(-(-len(wrong) // 5), 5, place)
-        axes.imshow(load(Path(answer.file).read_bytes(), SMALL))
+        axes.imshow(picture(answer.file, SMALL))
         title = f"is {names[answer.label]}\nsaid {names[answer.pred]}, {answer.confidence:.0%}"
         axes.set_title(title, fontsize=8, parse_math=False)
         axes.set_axis_off()

@@ -272,7 +272,7 @@ def test_the_pyfunc_answers_as_the_saved_model(logged, shop, tmp_path, monkeypat
     )
     expected = recognise(model.load(logged.folder / "model"), [*files, str(bad)], top=3)
     pd.testing.assert_frame_equal(served, expected)
-    assert served["error"].iloc[-1] == "not an image" and served["class_ids"].iloc[-1] == []
+    assert served["error"].iloc[-1] == "not an image but text" and served["class_ids"].iloc[-1] == []
     assert served["class_ids"].str.len().iloc[:-1].eq(3).all()
 
 
