@@ -169,14 +169,6 @@ def load(
     return letterbox(image, preprocessing)
 
 
-def picture(file: str | Path, preprocessing: Preprocessing) -> np.ndarray:
-    """A photograph for a figure, RGB (S, S, 3) uint8; an empty square if it cannot be read any more."""
-    try:
-        return load(read(file), preprocessing)
-    except UNREAD:
-        return np.full((preprocessing.image_size, preprocessing.image_size, 3), preprocessing.fill, dtype=np.uint8)
-
-
 def reason(error: Exception) -> str:
     """What is said of an image that was not read because of this."""
     if isinstance(error, MemoryError | cv2.error):

@@ -26,6 +26,7 @@ def main(model: str, data: str, split: str, precision: Literal["fp32", "bf16", "
             tree=saved.tree,
             precision=precision,
         )
+        run.metrics(evaluation.scores, 0)
         rounds.log_evaluation(run, evaluation)
     print(rounds.summary(run, evaluation))
 

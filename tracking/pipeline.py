@@ -73,8 +73,9 @@ def run(parent: Run, recipes: list[Recipe], data: Path, work: Path, promote: boo
 def _log(parent: Run, results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str]) -> pd.DataFrame:
     table = report.rounds(results, verdict)
     parent.table(table, "rounds.csv")
-    parent.text(report.markdown(table), "rounds.md")
-    parent.figure(report.rounds_figure(table), "figures/rounds.png")
+    parent.reports(
+        {"rounds.md": lambda: report.markdown(table), "figures/rounds.png": lambda: report.rounds_figure(table)}
+    )
     parent.tags({"mlflow.note.content": report.markdown(table[list(RESULTS)])})
     return table
 

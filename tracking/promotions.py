@@ -98,7 +98,7 @@ def promote(run: Run, candidates: str, ground: Ground, limits: Limits, work: Pat
     else:
         raise InputError(f"promote: other promotions came first {ATTEMPTS} times; try again in some minutes")
     run.text(json.dumps(verdict, indent=2), "promotion.json")
-    run.text(markdown(verdict), "promotion.md")
+    run.reports({"promotion.md": lambda: markdown(verdict)})
     run.tags(_figures(verdict) | {key: verdict[key] for key in ("decision", "dry_run")})
     run.tags({"mlflow.note.content": markdown(verdict)})
     run.metrics({name: value for name, value in verdict["candidate"].items() if not isinstance(value, str)}, 0)

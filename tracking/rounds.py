@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from aliprod import InputError, assembly, enrolment, interruption, manifest, recipe, report, training, yardstick
 from aliprod.atomic import replacing
@@ -92,7 +93,7 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     log_corrupt(run, source, val)
     if stop.is_set():
         raise KeyboardInterrupt
-    run.figure(report.curves(reports), "figures/curves.png")
+
     folder = run.folder / "model"
     evaluation = report.evaluate(
         made, tables.classes, tables.queries, job.data, work / "features", tree=tables.tree, precision=row.precision
@@ -102,29 +103,33 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     shown = (tables.gallery, tables.queries, job.data, work / "features", row.precision)
     nearest = yardstick.answers(made, *shown)
     evaluation.scores.update(yardstick.scores(nearest))
-    run.table(nearest, "yardstick.parquet")
     enrolment.gallery(made, tables.classes, *shown).save(folder)
-    example = manifest.paths(evaluation.predictions.head(1), job.data)[0]
-    log_evaluation(run, evaluation, step=row.epochs)
-    run.model(folder, example, step=row.epochs)
+
+    # The model before all that only describes it; its scores first, which MLflow shows beside it.
+    run.metrics(evaluation.scores, row.epochs)
+    run.model(folder, _example(run, evaluation, job.data), step=row.epochs)
+    run.reports({"yardstick.parquet": lambda: nearest, "figures/curves.png": lambda: report.curves(reports)})
+    log_evaluation(run, evaluation)
     shutil.rmtree(checkpoints)
     return evaluation
 
 
-def log_evaluation(run: Run, evaluation: report.Evaluation, step: int = 0) -> None:
-    """Scores as metrics and in the run's description, tables and figures as artifacts."""
-    run.metrics(evaluation.scores, step)
+def log_evaluation(run: Run, evaluation: report.Evaluation) -> None:
+    """Scores in the run's description; tables, figures and pages as artifacts, as far as they can be made."""
     scores = pd.DataFrame(evaluation.scores.items(), columns=["score", "value"])
     run.tags({"mlflow.note.content": report.markdown(scores)})
-    run.table(evaluation.predictions, "predictions.parquet")
-    run.table(evaluation.per_class, "per_class.csv")
-    run.table(evaluation.select_list, "select_list.csv")
-    for name, figure in evaluation.figures.items():
-        run.figure(figure, f"figures/{name}.png")
-    for name, table in evaluation.tables.items():
-        run.table(table, f"{name}.csv")
-    for name, page in evaluation.pages.items():
-        run.text(page, f"figures/{name}.html")
+    run.reports(evaluation.reports)
+
+
+def _example(run: Run, evaluation: report.Evaluation, data: str) -> str:
+    """A photograph to show how the model is asked, a white one where none can be read any more."""
+    for photograph in manifest.paths(evaluation.predictions, data):
+        if os.access(photograph, os.R_OK):
+            return photograph
+
+    white = run.folder / "white.png"
+    Image.new("RGB", (64, 64), "white").save(white)
+    return str(white)
 
 
 def log_corrupt(run: Run, *sources: Images | Features) -> None:
@@ -132,7 +137,7 @@ def log_corrupt(run: Run, *sources: Images | Features) -> None:
     rows = [(source.paths[row], reason) for source in sources for row, reason in source.corrupt.items()]
     run.metrics({"num_corrupt": len(rows)}, 0)
     if rows:
-        run.table(pd.DataFrame(rows, columns=["file", "reason"]), "corrupt.csv")
+        run.reports({"corrupt.csv": lambda: pd.DataFrame(rows, columns=["file", "reason"])})
         print(f"{len(rows)} images could not be read and were left out: corrupt.csv lists them", flush=True)
 
 
@@ -144,9 +149,10 @@ def summary(run: Run, evaluation: report.Evaluation) -> str:
         for name in ("gap", "map", "accuracy") + tuple(k for k in scores if k.startswith("top"))
     )
     classes = int((evaluation.per_class["num_val"] > 0).sum())
+    table = (run.folder / "artifacts" / "per_class.csv").resolve()
     return (
         f"{values}  ({len(evaluation.predictions)} photographs of {classes} classes)\n"
-        f"per class: {(run.folder / 'artifacts' / 'per_class.csv').resolve()}\n"
+        f"per class: {table if table.exists() else 'left out, see report_errors.txt'}\n"
         f"run:       {run.id}"
     )
 

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
@@ -22,6 +22,9 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from aliprod import InputError, csvfile, first_line, manifest
 from tracking.spool import Spool, away, insistent, send_waiting
+
+if TYPE_CHECKING:  # it needs torch, and most of the commands that open a run do not
+    from aliprod.report import Reports
 
 EXPERIMENT = "aliprod"  # for runs that `mlflow run` did not start
 RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}  # the kind whose page opens at the runs
@@ -38,6 +41,7 @@ class Run:
         self.id = run_id
         self.folder = folder
         self.spool = Spool(folder, run_id, mlflow.get_tracking_uri())
+        self._report_errors: list[str] = []
 
     def tags(self, values: dict[str, Any]) -> None:
         """Tags; keys without a dot of their own get the project's prefix."""
@@ -77,6 +81,30 @@ class Run:
         path = self._artifact_path(name)
         figure.savefig(path, dpi=110)
         self.spool.put("artifact", path=str(path), folder=_folder(name))
+
+    def reports(self, reports: "Reports") -> None:
+        """What people read, as artifacts: each made and written by itself.
+
+        None of them ends a run, whose work is done by then: what fails is said in the terminal and kept, with its
+        reason, in report_errors.txt and in the tag report_errors.
+        """
+        for name, make in reports.items():
+            try:
+                report = make()
+                if isinstance(report, Figure):
+                    self.figure(report, name)
+                elif isinstance(report, pd.DataFrame):
+                    self.table(report, name)
+                else:
+                    self.text(report, name)
+            except Exception as error:  # of whatever kind
+                reason = " ".join(f"{name}: {type(error).__name__}: {error}".split())[:500]
+                self._report_errors.append(reason)
+                print(f"warning: left out {reason}", flush=True)
+
+        if self._report_errors:
+            self.text("\n".join(self._report_errors) + "\n", "report_errors.txt")
+            self.tags({"report_errors": "; ".join(self._report_errors)[:5000]})
 
     def text(self, text: str, name: str) -> None:
         """A text as an artifact."""

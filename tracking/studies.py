@@ -197,7 +197,7 @@ def _conclude(study: Study, search: Search, parent: Run, work: Path) -> str:
     with replacing(file) as beside:
         beside.write_text(text, encoding="utf-8")
     parent.text(text, "best.toml")
-    parent.text(_page(study, f"{title}; {counts}"), "figures/study.html")
+    parent.reports({"figures/study.html": lambda: _page(study, f"{title}; {counts}")})
     parent.metrics({objective: score, "num_trials": int(table["state"].isin(tuning.FINISHED).sum())}, 0)
     values = {name: getattr(row, name) for name in search.tuning.active(row.model_dump())}
     run_id = table.set_index("number")["run"][number]
