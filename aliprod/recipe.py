@@ -19,6 +19,13 @@ from aliprod.space import Tuning
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+# What may stand in place of a step's name, a vocabulary each: as weights to start from, as rows, and as a logged model.
+WEIGHTS = ("imagenet", "random")
+MANIFESTS = ("train", "balanced")
+NEWEST = "newest"
+SCORED = ("val", "test")  # splits that nothing is learnt from
+RESERVED = (*WEIGHTS, *MANIFESTS, NEWEST, *SCORED)
+
 
 class _Row(BaseModel):
     model_config = ConfigDict(
@@ -33,7 +40,8 @@ class Cleaning(_Row):
     """A step that drops photographs that are filed wrongly; rounds name it as their manifest."""
 
     models: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    """Who judges: earlier rounds (round or recipe/round), runs, URIs or saved folders; the first where one does."""
+    """Who judges: earlier rounds (round or recipe/round), newest, runs, URIs or saved folders; the first where one
+    does."""
     manifest: Annotated[str, Field(pattern=r"^(train|balanced|.+\.csv)$")] = "balanced"
     """Rows to clean: train, balanced, or the path of a table. Val is never used to clean."""
     rule: Literal["misclassified", "disagreement", "confident"] = "misclassified"
@@ -54,6 +62,9 @@ class Cleaning(_Row):
 
     @model_validator(mode="after")
     def _possible(self) -> "Cleaning":
+        for model in self.models:
+            if model in RESERVED and model != NEWEST:
+                raise ValueError(f"models {model!r}: is no model; {NEWEST}, a round, a run, a URI or a saved folder")
         if self.rule == "disagreement" and self.votes > len(self.models):
             raise ValueError(f"votes {self.votes}: there are only {len(self.models)} models to vote")
         if self.name == "dropped":
@@ -67,9 +78,9 @@ class Round(_Row):
     """One row of the table: what is trained, from what, on what, and how."""
 
     init: Annotated[str, Field(min_length=1)] = "imagenet"
-    """Backbone to start from: imagenet, random, an earlier round (round or recipe/round), a run, a URI or a file; and
-    its head, where that is of the same kind for the same classes."""
-    manifest: Annotated[str, Field(pattern=r"^(.+\.csv|[\w./-]+)$")] = "train"
+    """Backbone to start from: imagenet, random, an earlier round (round or recipe/round), newest, a run, a URI or a
+    file; and its head, where that is of the same kind for the same classes."""
+    manifest: Annotated[str, Field(pattern=r"^(.+\.csv|(.+/)?[\w.-]+)$")] = "train"
     """Rows to train on: train, balanced, a [[clean]] step (its name or recipe/name), or the path of a .csv table."""
     samples_per_class: Annotated[tuple[Count, Count] | None, Field(strict=False)] = None
     """Classes to train on, by their photographs in the manifest: [least, most], inclusive; absent: all."""
@@ -166,8 +177,12 @@ class Round(_Row):
 
     @model_validator(mode="after")
     def _possible(self) -> "Round":
-        if self.manifest in ("val", "test"):
-            raise ValueError(f"manifest {self.manifest!r}: is for scoring; train, balanced, a [[clean]] step or a .csv")
+        if self.manifest in RESERVED and self.manifest not in MANIFESTS:
+            why = "is for scoring" if self.manifest in SCORED else "is no manifest"
+            raise ValueError(f"manifest {self.manifest!r}: {why}; train, balanced, a [[clean]] step or a .csv")
+        if self.init in RESERVED and self.init not in (*WEIGHTS, NEWEST):
+            choices = ", ".join((*WEIGHTS, NEWEST))
+            raise ValueError(f"init {self.init!r}: is a manifest; {choices}, a round, a run, a URI or a file")
         for name in ("samples_per_class", "samples_quantile"):
             if (pair := getattr(self, name)) and pair[0] > pair[1]:
                 raise ValueError(f"{name} {list(pair)}: least must not exceed most")
@@ -216,6 +231,23 @@ class Recipe(BaseModel):
                 raise ValueError(f"names must differ: {', '.join(twice)} stands more than once")
         for name in tuned:
             self.tuning(name)
+        return self
+
+    @model_validator(mode="after")
+    def _named(self) -> "Recipe":
+        rounds, cleanings = ({row.name for row in rows} for rows in (self.rounds, self.cleanings))
+        if taken := sorted((rounds | cleanings) & set(RESERVED)):
+            raise ValueError(
+                f"name {taken[0]!r}: no step can be called so; it is one of the words {', '.join(RESERVED)}"
+            )
+        for row in self.rounds:
+            if row.manifest in rounds:
+                raise ValueError(f"round {row.name}: manifest {row.manifest!r}: is a [[round]], and leaves no manifest")
+            if row.init in cleanings:
+                raise ValueError(f"round {row.name}: init {row.init!r}: is a [[clean]] step, and leaves no weights")
+        for cleaning in self.cleanings:
+            if wrong := sorted(set(cleaning.models) & cleanings):
+                raise ValueError(f"clean {cleaning.name}: models {wrong[0]!r}: is a [[clean]] step, and no model")
         return self
 
     def row(self, name: str) -> Round:

@@ -147,12 +147,15 @@ def _reports(
     return reports
 
 
-def rounds(results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str] | None = None) -> pd.DataFrame:
+def rounds(
+    results: list[tuple[Round, dict[str, Any]]], verdicts: dict[str, dict[str, str]] | None = None
+) -> pd.DataFrame:
     """The table of rounds, its columns named as the competition entry names its own, beside what its authors reported.
 
     results: each round with its recipe, run, num_classes, gap, map and the yardstick's ncm_accuracy and nn_accuracy;
-    verdict: what was decided about the extractor of a run, by run.
+    verdicts: what was decided about a run as an Extractor and as a Classifier, by run.
     """
+    said: dict[str, dict[str, str]] = {"Extractor": {}, "Classifier": {}} | (verdicts or {})
     return pd.DataFrame(
         {
             "R": f"{scores['recipe']}/{row.name}",
@@ -174,7 +177,7 @@ def rounds(results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str] 
             "Reported MAP": (row.reported or {}).get("map", math.nan),
             "NCM": scores["ncm_accuracy"],
             "1-NN": scores["nn_accuracy"],
-            "Extractor": (verdict or {}).get(scores["run"], ""),
+            **{column: by_run.get(scores["run"], "") for column, by_run in said.items()},
             "Run": scores["run"],
         }
         for row, scores in results

@@ -3,14 +3,17 @@
 import argparse
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
 from aliprod import InputError, catalogue, first_line, interruption
 from tracking import copies, storage
+
+if TYPE_CHECKING:
+    from aliprod.model import Saved
 
 RECIPES = Path(__file__).parent / "recipes"
 FINITE = ConfigDict(allow_inf_nan=False)
@@ -103,6 +106,30 @@ def data_folder(data: str, work: Path) -> Path:
         return path
     catalogue.render(work / "demo")
     return (work / "demo").resolve()
+
+
+def data_folder_of(saved: "Iterable[Saved]", data: str, work: Path) -> Path:
+    """The data folder for these models: `data` as of data_folder, or "", the one that they were trained on; says which.
+
+    InputError where they were trained on several, where nobody knows on which, and where the ids of their classes are
+    of other products in it.
+    """
+    from aliprod import assembly  # these take seconds: not every command needs them
+    from tracking import models
+
+    trained = [(models.trained_on(one), one.classes) for one in saved]
+    folders = sorted({folder for folder, _ in trained})
+    if not data and folders == [""]:
+        raise InputError("data: it is not known what the model was trained on; give a folder")
+    if not data and len(folders) > 1:
+        raise InputError(f"data: the models were trained on {', '.join(map(repr, folders))}; give one folder")
+    if not data and not Path(folders[0]).is_dir():
+        raise InputError(f"data: the model was trained on {folders[0]}, which is not here; give a folder")
+    folder = data_folder(data or folders[0], work)
+    for _, classes in trained:
+        assembly.refuse_other_products(classes, folder)
+    print(f"data:      {folder}" + " (what the model was trained on)" * (not data), flush=True)
+    return folder
 
 
 def _exit(status: int, line: str) -> NoReturn:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from aliprod import interruption
-from aliprod.recipe import override, read
+from aliprod.recipe import override, read, replaced
 from entrypoints.command import Minutes, command, data_folder, recipe_path, refuse
 from tracking import copies, rounds, runs
 
@@ -21,7 +21,7 @@ def main(
     else:
         rows = read(recipe_path(recipe))
         row = override(rows.row(round), overrides)
-        row = row.model_copy(update={"init": init or row.init})
+        row = replaced(row, {"init": init} if init else {}, "")
         job = rounds.Job(rows.name, copies.tables_here(row, work), str(data_folder(data, work)))
     with runs.start(f"{job.recipe}/{job.row.name}", work) as run:
         try:

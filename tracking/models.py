@@ -20,12 +20,12 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
 from aliprod import InputError, first_line
+from tracking import search
 
 if TYPE_CHECKING:
     from aliprod.model import Saved
 
 NAME = "model"
-PAGE = 50  # runs looked at in one request
 ROOT = Path(__file__).parents[1]
 # What aliprod.model, .images and .prediction import; a server installs these and nothing of training.
 SERVING = (
@@ -78,9 +78,15 @@ def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int)
 
 
 def logged(run: Run) -> str | None:
-    """Id of the model that a run has logged; one whose upload broke off does not count."""
+    """Id of the model that a run has logged; one whose upload broke off, or that was deleted, does not count."""
     for output in run.outputs.model_outputs if run.outputs else ():
-        if MlflowClient().get_logged_model(output.model_id).status == LoggedModelStatus.READY:
+        try:
+            model = MlflowClient().get_logged_model(output.model_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            continue
+        if model.status == LoggedModelStatus.READY and model.name == NAME:
             return str(output.model_id)
     return None
 
@@ -149,17 +155,18 @@ def _uri(name: str) -> str:
 
 
 def newest(tags: dict[str, Any], of_model: bool = False) -> str | None:
-    """Run id of the newest finished run, of any experiment, that carries these tags and, if asked, a model."""
-    wanted = ["attributes.status = 'FINISHED'"] + [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
-    client, token = MlflowClient(), None
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    size = PAGE if of_model else 1  # not all at once: the trials of a study may be thousands, with all they logged
-    order = ["attributes.start_time DESC"]
-    while True:
-        page = client.search_runs(experiments, " and ".join(wanted), max_results=size, order_by=order, page_token=token)
-        for run in page:
-            if not of_model or logged(run):
-                return str(run.info.run_id)
-        token = page.token
-        if not (of_model and token):
-            return None
+    """Run id of this project's newest finished run, in any experiment, with these tags and, if asked, a model."""
+    runs = (run for run in search.runs(tags, "FINISHED") if not of_model or logged(run))
+    return next((str(run.info.run_id) for run in runs), None)
+
+
+def trained_on(saved: "Saved") -> str:
+    """The data folder that a model was trained on, "" where neither the model nor its run says it."""
+    if folder := saved.config.get("data_folder"):
+        return str(folder)
+    if not (run_id := saved.config.get("run_id")):
+        return ""
+    try:
+        return str(MlflowClient().get_run(run_id).data.params.get("data_folder", ""))
+    except MlflowException:
+        return ""

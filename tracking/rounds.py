@@ -99,6 +99,7 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
         made, tables.classes, tables.queries, job.data, work / "features", tree=tables.tree, precision=row.precision
     )
     about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
+    about["data_folder"] = job.data
     made.save(folder, tables.classes, tables.tree, about | {"calibration": evaluation.calibration})
     shown = (tables.gallery, tables.queries, job.data, work / "features", row.precision)
     nearest = yardstick.answers(made, *shown)
@@ -160,7 +161,7 @@ def summary(run: Run, evaluation: report.Evaluation) -> str:
 def source_of(job: Job, digest: str) -> str:
     """What load_backbone reads for the round's init: a word or path as it is; a step, a run or a URI fetched."""
     init = steps.resolve(job.row.init, job.recipe, digest, job.done)
-    if init in steps.WORDS or Path(init).exists():
+    if init in recipe.WEIGHTS or Path(init).exists():
         return init
     try:
         return str(models.fetch(init))
