@@ -417,7 +417,7 @@ def test_our_loader_returns_the_torch_module(home, saved, photographs):
 
 
 def test_serving_imports_nothing_that_it_does_not_install():
-    distributions = {"cv2": "opencv-python", "PIL": "pillow"}
+    distributions = {"cv2": "opencv-python-headless", "PIL": "pillow"}
     waiting, seen, used = [ROOT / "tracking" / "served.py"], set(), set()
     while waiting:
         file = waiting.pop()

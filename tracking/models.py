@@ -29,7 +29,7 @@ NAME = "model"
 ROOT = Path(__file__).parents[1]
 # What aliprod.model, .images and .prediction import; a server installs these and nothing of training.
 SERVING = (
-    *("mlflow", "torch", "torchvision", "timm", "safetensors", "opencv-python", "pillow"),
+    *("mlflow", "torch", "torchvision", "timm", "safetensors", "opencv-python-headless", "pillow"),
     *("numpy", "pandas", "pyarrow", "msgspec", "tqdm", "faiss-cpu"),
 )
 SIGNATURE = ModelSignature(
