@@ -119,7 +119,7 @@ def test_a_dead_server_is_refused_in_one_line(tmp_path, monkeypatch):
 
 def test_a_run_that_is_not_there_is_refused_in_one_line(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(InputError, match=r"opens no run: Run with id=0{32} not found$"):
+    with pytest.raises(InputError, match=r"MLFLOW_RUN_ID=0{32}: Run with id=0{32} not found; no run that"):
         runs.start("lost", tmp_path).__enter__()
 
 

@@ -20,6 +20,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
 from aliprod import InputError
+from tracking import store
 
 if TYPE_CHECKING:
     from aliprod.model import Saved
@@ -66,12 +67,12 @@ def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int)
     run = client.get_run(run_id)
     if logged(run):
         return
-    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # or the model would end in the default one
+    made = client.create_logged_model(run.info.experiment_id, NAME, run_id, params=run.data.params)
     Model.log(
         artifact_path=None,
         flavor=mlflow.pyfunc,
+        model_id=made.model_id,
         run_id=run_id,
-        name=NAME,
         step=step,
         **form(folder, example),
     )
@@ -114,6 +115,7 @@ def fetch(name: str) -> Path:
     """
     local = Path(name)
     if not name or not local.is_dir():
+        store.ready()
         try:
             local = download(artifact_uri=_uri(name))
         except (MlflowException, OSError) as error:
@@ -150,6 +152,7 @@ def _uri(name: str) -> str:
 
 def newest(tags: dict[str, Any], of_model: bool = False) -> str | None:
     """Run id of the newest finished run, of any experiment, that carries these tags and, if asked, a model."""
+    store.ready()
     wanted = ["attributes.status = 'FINISHED'"] + [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
     client, token = MlflowClient(), None
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

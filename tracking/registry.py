@@ -5,10 +5,9 @@ The alias `champion` of the extractor is the only truth. The tag `aliprod.over` 
 rollback if a machine dies in between.
 """
 
-import contextlib
-import fcntl
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from aliprod import InputError
+from aliprod.sharing import locked
 from tracking.spool import insistent
 
 EXTRACTOR = "aliprod-extractor"
@@ -198,10 +198,7 @@ def _number(version: ModelVersion | None) -> str:
     return str(version.version) if version else ""
 
 
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _locked(work: Path) -> AbstractContextManager[None]:
     """One promotion or rollback at a time among the processes of a machine."""
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "registry.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return locked(work / "registry.lock", "the registry")

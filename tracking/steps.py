@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 import aliprod
 from aliprod import InputError, manifest
 from aliprod.recipe import Cleaning, Round
-from tracking import models, spool, storage
+from tracking import models, spool, storage, store
 
 WORDS = ("imagenet", "random", "train", "balanced", "newest")
 
@@ -78,6 +78,7 @@ def unfinished(key: str, work: Path) -> str:
 
 
 def _runs(key: str) -> list[Any]:
+    store.ready()
     return mlflow.search_runs(
         search_all_experiments=True,
         filter_string=f"tags.`aliprod.key` = '{key}'",
