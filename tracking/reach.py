@@ -17,10 +17,10 @@ def prepare() -> None:
     proxy. For this process and those it starts, and before anything is asked."""
     for name, value in LIMITS.items():
         os.environ.setdefault(name, value)
-    for name in ("no_proxy", "NO_PROXY"):
-        hosts = [host.strip() for host in os.environ.get(name, "").split(",") if host.strip()]
-        if "*" not in hosts:
-            os.environ[name] = ",".join(dict.fromkeys([*hosts, *LOOPBACK]))
+    spelled = ("no_proxy", "NO_PROXY")  # some read the one, some the other
+    hosts = [host.strip() for name in spelled for host in os.environ.get(name, "").split(",") if host.strip()]
+    if "*" not in hosts:
+        os.environ.update(dict.fromkeys(spelled, ",".join(dict.fromkeys([*hosts, *LOOPBACK]))))
 
 
 def shown(text: str) -> str:

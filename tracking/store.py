@@ -71,7 +71,7 @@ def refusal(error: BaseException, what: str = "refuses") -> InputError:
     if isinstance(culprit, sqlalchemy.exc.DBAPIError):
         error = culprit
     reason = reach.shown(next(iter(str(error).splitlines()), "") or type(error).__name__)[:300]
-    if away(error):
+    if away(error) and (server or isinstance(culprit, sqlalchemy.exc.OperationalError)):
         what = "does not answer"
         if server and (proxy := reach.proxy(uri)):
             reason += f" (asked through the proxy {proxy})"
