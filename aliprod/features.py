@@ -6,7 +6,6 @@ whoever needs files that no part has computes those alone. A part is filled unde
 done, and renamed when complete: an interrupted computation goes on where it was.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -23,6 +22,7 @@ from aliprod.atomic import replacing
 from aliprod.images import Images
 from aliprod.model import Recogniser, autocast, weights_digest
 from aliprod.progress import progress
+from aliprod.sharing import locked
 
 BATCH_SIZE = 128  # images; without gradients this fits everywhere
 SAVE_EVERY = 16  # batches between two notes of how far the computation is
@@ -101,8 +101,7 @@ def compute(model: Recogniser, images: Images, folder: str | Path, precision: st
     store = Store(home)
     passing: dict[int, str] = {}  # file -> why it could not be read just now
     if (store.rows(keys) < 0).any():
-        with (home / "lock").open("w") as lock:  # another process may be at the same work: then wait for what it does
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(home / "lock", "embeddings"):  # another process may be at the same work: then wait for what it does
             store = Store(home)
             missing = np.flatnonzero(store.rows(keys) < 0)
             if len(missing):

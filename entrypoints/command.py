@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
-from aliprod import InputError, catalogue, first_line, interruption
-from tracking import copies, storage
+from aliprod import InputError, catalogue, interruption, sharing
+from tracking import copies, reach, storage
 
 if TYPE_CHECKING:
     from aliprod.model import Saved
@@ -34,27 +35,36 @@ def command(main: Callable[..., None]) -> None:
     or a traceback.
     """
     interruption.raise_on_signals()
+    reach.prepare()
     parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
     parser.names = list(inspect.signature(main).parameters)
     for name, parameter in inspect.signature(main).parameters.items():
         required = parameter.default is inspect.Parameter.empty
         parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
     try:
+        if os.environ.get("MLFLOW_RUN_ID"):
+            from tracking import runs  # of MLflow, which takes a second to import
+
+            runs.claim(Path(sys.argv[0]).stem)
         given = vars(parser.parse_args(_paired(sys.argv[1:], parser.names)))
         for name, parameter in inspect.signature(main).parameters.items():
             _check(name, given[name], parameter.annotation)
+        if "work" in given:
+            sharing.open_to_group(Path(given["work"]))
         validate_call(config=FINITE)(main)(**given)
     except ValidationError as error:
         first = error.errors()[0]
         _exit(2, f"{first['loc'][0]} {first['input']!r}: {first['msg']}")
-    except (InputError, OSError) as error:
-        _exit(2, str(error) or type(error).__name__)
+    except InputError as error:
+        _exit(2, str(error))
     except Exception as error:
-        from tracking.spool import away  # of MLflow, which takes a second to import and not every command needs
+        from tracking import runs  # not every command needs it
 
-        if not away(error):
+        line = runs.line(error)
+        if not runs.expected(error):
+            _note(1, line)
             raise
-        _exit(2, f"the tracking server does not answer: {first_line(error)}")
+        _exit(2, line)
     except KeyboardInterrupt as stop:
         _exit(130, f"stopped{stop}")
 
@@ -133,5 +143,15 @@ def data_folder_of(saved: "Iterable[Saved]", data: str, work: Path) -> Path:
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
+    line = reach.shown(" ".join(line.split()))
+    _note(status, line)
+    print(line, file=sys.stderr)
     sys.exit(status)
+
+
+def _note(status: int, line: str) -> None:
+    """Leaves the line with the run that `mlflow run` made, if it is open still."""
+    if os.environ.get("MLFLOW_RUN_ID"):
+        from tracking import runs
+
+        runs.close_unopened(line, "KILLED" if status == 130 else "FAILED")

@@ -20,7 +20,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
 from aliprod import InputError, first_line
-from tracking import search
+from tracking import search, store
 
 if TYPE_CHECKING:
     from aliprod.model import Saved
@@ -66,12 +66,12 @@ def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int)
     run = client.get_run(run_id)
     if logged(run):
         return
-    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # or the model would end in the default one
+    made = client.create_logged_model(run.info.experiment_id, NAME, run_id, params=run.data.params)
     Model.log(
         artifact_path=None,
         flavor=mlflow.pyfunc,
+        model_id=made.model_id,
         run_id=run_id,
-        name=NAME,
         step=step,
         **form(folder, example),
     )
@@ -120,6 +120,7 @@ def fetch(name: str) -> Path:
     """
     local = Path(name)
     if not name or not local.is_dir():
+        store.ready()
         try:
             local = download(artifact_uri=_uri(name))
         except (MlflowException, OSError) as error:

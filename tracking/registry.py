@@ -6,7 +6,6 @@ last of a line. Whatever follows from these is set right by the next command if 
 """
 
 import contextlib
-import fcntl
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from aliprod import InputError, first_line
+from aliprod.sharing import locked
 from tracking.spool import insistent
 
 EXTRACTOR = "aliprod-extractor"
@@ -302,12 +302,10 @@ def _number(version: ModelVersion | None) -> str:
 def _locked(work: Path) -> Iterator[str]:
     """One change of the registry at a time among the processes that share `work`; yields the name they all have."""
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "registry.lock").open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        claimant = file.read()
+    path = work / "registry.lock"
+    with locked(path, "the registry"):
+        claimant = path.read_text(encoding="utf-8")
         if not claimant:
             claimant = uuid.uuid4().hex
-            file.write(claimant)
-            file.flush()
+            path.write_text(claimant, encoding="utf-8")
         yield claimant

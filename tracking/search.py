@@ -8,6 +8,8 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from tracking import store
+
 OURS = "aliprod.git"  # the tag that every run of this project has had from the first
 PAGE = 50  # runs in one request; not all at once: the trials of a study may be thousands, with all they logged
 
@@ -20,6 +22,7 @@ def runs(tags: dict[str, Any], status: str = "", experiments: list[str] | None =
     wanted = {key if "." in key else f"aliprod.{key}": str(value) for key, value in tags.items()}
     clauses = [f"attributes.status = '{status}'"] * bool(status) + [f"tags.`{OURS}` LIKE '%'"]
     clauses += [f"tags.`{key}` {_matches(value)}" for key, value in wanted.items()]
+    store.ready()
     if experiments is None:
         experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
 

@@ -28,6 +28,7 @@ from botocore.exceptions import HTTPClientError as BrokenConnection
 from aliprod import InputError
 from aliprod.atomic import replacing
 from aliprod.progress import progress
+from tracking import reach
 
 PARALLEL = 16  # objects at a time
 PART = 8 << 20  # bytes in one request of an upload; smaller files go in one
@@ -77,6 +78,7 @@ def slashed(name: str) -> str:
 
 def client() -> Any:
     """A client of S3 that retries, and leaves out the checksums that not every store knows."""
+    reach.prepare()
     return boto3.Session().client(
         "s3",
         endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("MLFLOW_S3_ENDPOINT_URL"),
