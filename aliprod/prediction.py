@@ -1,6 +1,7 @@
 """Predictions: the one table that metrics, cleaning, reports and inference read."""
 
 import contextlib
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,8 @@ def image_files(images: str) -> list[str]:
             raise InputError(f"images: no such file or folder: {missing[0]}")
     if not found:
         raise InputError(f"images {images}: no images there; they end in {', '.join(SUFFIXES)}")
+    if strange := [file for file in found if not file.isascii() and file != os.fsencode(file).decode(errors="replace")]:
+        raise InputError(f"images: {strange[0]!r}: its name is not UTF-8, which no table could hold; rename it")
     return found
 
 
