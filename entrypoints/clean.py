@@ -1,23 +1,30 @@
 """Drops the photographs that models hold to be filed wrongly, into a new manifest."""
 
+import re
 from pathlib import Path
+from typing import Literal
 
-from aliprod import recipe
+from aliprod import InputError, recipe
 from entrypoints.command import command, data_folder
 from tracking import cleanings, copies, runs, storage
 
 
 def main(
     models: str, data: str, manifest: str, rule: str, min_accuracy: float, votes: int, folds: int, least: int,
-    precision: str, output: str, seed: int, work: Path,
+    max_dropped_share: float | Literal[""], min_judge_map: float, precision: str, output: str, seed: int, work: Path,
 ) -> None:  # fmt: skip
     """models: one or more; data, manifest: what to clean; rule: misclassified (with min_accuracy), disagreement (with
-    votes) or confident; folds: of cross-fitting; least: rows small classes grow to; precision, output (a path or
-    s3:// address), seed, work."""
+    votes) or confident; folds: of cross-fitting; least: rows small classes grow to; max_dropped_share, min_judge_map:
+    what would drop more, or is judged by a weaker model, is refused; precision, output (a path or s3:// address),
+    seed, work."""
     base = output.removesuffix(".csv")
+    name = re.sub(r"[^\w.-]+", "-", base.rpartition("/")[2])
+    if name in ("", "dropped"):
+        raise InputError(f"output {output!r}: must name a table, other than dropped.csv, which lists what was dropped")
     row = recipe.cleaning(
-        name=base.rpartition("/")[2], models=models.split(), manifest=manifest, rule=rule, min_accuracy=min_accuracy,
-        votes=votes, folds=folds, least=least, precision=precision, seed=seed,
+        name=name, models=models.split(), manifest=manifest, rule=rule, min_accuracy=min_accuracy, votes=votes,
+        folds=folds, least=least, max_dropped_share=None if max_dropped_share == "" else max_dropped_share,
+        min_judge_map=min_judge_map, precision=precision, seed=seed,
     )  # fmt: skip
     with runs.start(f"clean {rule}", work) as run:
         scores = cleanings.clean(run, "", copies.tables_here(row, work), data_folder(data, work), work, {})

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from aliprod import InputError, manifest
+from aliprod.lettering import Figure
 from tracking.spool import Spool, away, insistent, send_waiting
 
 if TYPE_CHECKING:  # it needs torch, and most of the commands that open a run do not
