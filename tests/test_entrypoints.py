@@ -161,10 +161,11 @@ def test_a_cleaning_by_a_weak_judge_is_refused_and_leaves_no_manifest(tiny, shop
     assert not output.exists() and not output.with_suffix(".json").exists()
 
     dropped = run.data.metrics["num_dropped"] / len(table)
-    clean.main(**given | {"min_judge_map": score - 0.01, "max_dropped_share": dropped, "output": str(output)})
+    given |= {"data": str(shop), "output": str(output), "work": Path("work"), "min_judge_map": score - 0.01}
+    clean.main(**given | {"max_dropped_share": dropped})
     assert "reliable-train: " in capsys.readouterr().out and output.exists()
     with pytest.raises(InputError, match="max_dropped_share"):
-        clean.main(**given | {"min_judge_map": score - 0.01, "max_dropped_share": dropped - 0.001, "output": "o.csv"})
+        clean.main(**given | {"max_dropped_share": dropped - 0.001, "output": "o.csv"})
     assert not Path("o.csv").exists()
 
 
