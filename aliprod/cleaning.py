@@ -13,10 +13,12 @@ import pandas as pd
 from aliprod import InputError, manifest, metrics
 
 Rule = Callable[[list[pd.DataFrame]], np.ndarray]  # -> reasons (N,)
+MOST_DROPPED = 0.5  # share of the photographs, where nothing says how many labels are wrong
+SPARE = 0.1  # share that may be dropped beyond what is estimated to be wrong
 
 
 def misclassified(min_accuracy: float = 0.92) -> Rule:
-    """The seed's rule: wrong answers of the first model, but for classes it recognises at least so well."""
+    """The competition entry's rule: wrong answers of the first model, except in classes recognised this well."""
 
     def rule(predictions: list[pd.DataFrame]) -> np.ndarray:
         labels, preds = (predictions[0][name].to_numpy() for name in ("label", "pred"))
@@ -47,20 +49,39 @@ def confident() -> Rule:
     """
 
     def rule(predictions: list[pd.DataFrame]) -> np.ndarray:
-        table = predictions[0]
-        labels = table["label"].to_numpy()
-        own = np.exp(-table["loss"].to_numpy(dtype=np.float64))  # (N,) probability of the row's label
-        answers = table.filter(regex="^pred").to_numpy()  # (N, K), surest first
-        scores = table.filter(regex="^confidence").to_numpy(dtype=np.float64)
-        num_classes = max(labels.max(), answers.max()) + 1
-        counts = np.bincount(labels, minlength=num_classes)
-        sums = np.bincount(labels, weights=own, minlength=num_classes)
-        thresholds = np.divide(sums, counts, out=np.full(num_classes, np.inf), where=counts > 0)
-        passing = scores >= thresholds[answers] - 1e-6  # float32 scores
-        belongs = np.where(passing.any(axis=1), answers[np.arange(len(table)), passing.argmax(axis=1)], labels)
-        return np.where(belongs != labels, "another class is more probable", "")
+        belongs = _belongs(predictions[0])
+        suspect = (belongs >= 0) & (belongs != predictions[0]["label"].to_numpy())
+        return np.where(suspect, "another class is more probable", "")
 
     return rule
+
+
+def wrong_share(predictions: pd.DataFrame) -> float:
+    """The share of wrong labels, in [0, 1], that confident learning estimates from the answers of one model.
+
+    The off-diagonal of its joint: the confident joint, each class's row scaled to as many photographs as it has. Rows
+    that no class is confident of count in proportion, and a class has at least one right label, as in cleanlab.
+    """
+    labels, belongs = predictions["label"].to_numpy(), _belongs(predictions)
+    confident, right = belongs >= 0, belongs == labels
+    counts = np.bincount(labels)
+    kept = np.bincount(labels[right], minlength=len(counts)).clip(min=1)
+    moved = np.bincount(labels[confident & ~right], minlength=len(counts))
+    return float((counts * moved / (kept + moved)).sum() / max(1, len(labels)))
+
+
+def _belongs(table: pd.DataFrame) -> np.ndarray:
+    """The class (N,) that every row of a model's answers belongs to; -1 where none passes its threshold."""
+    labels = table["label"].to_numpy()
+    own = np.exp(-table["loss"].to_numpy(dtype=np.float64))  # (N,) probability of the row's label
+    answers = table.filter(regex="^pred").to_numpy()  # (N, K), surest first
+    scores = table.filter(regex="^confidence").to_numpy(dtype=np.float64)
+    num_classes = max(labels.max(initial=0), answers.max(initial=0)) + 1
+    counts = np.bincount(labels, minlength=num_classes)
+    sums = np.bincount(labels, weights=own, minlength=num_classes)
+    thresholds = np.divide(sums, counts, out=np.full(num_classes, np.inf), where=counts > 0)
+    passing = scores >= thresholds[answers] - 1e-6  # float32 scores
+    return np.where(passing.any(axis=1), answers[np.arange(len(table)), passing.argmax(axis=1)], -1)
 
 
 def clean(
@@ -84,6 +105,35 @@ def clean(
     kept = table[reasons == ""].reset_index(drop=True)
     dropped = table.assign(reason=reasons)[reasons != ""]
     return manifest.grow(kept, least, seed), dropped
+
+
+def refusals(
+    judges: dict[str, float],
+    dropped_share: float,
+    estimate: float | None,
+    min_judge_map: float,
+    max_dropped_share: float | None,
+) -> list[str]:
+    """Why a cleaning is not to be trusted, [] if nothing speaks against it.
+
+    judges: the cross-fitted MAP of every model that judges, by its name; dropped_share: of the photographs;
+    estimate: the share of wrong labels where one is known; max_dropped_share: None for `estimate` and SPARE more, or
+    MOST_DROPPED.
+    """
+    reasons = [
+        f"judge {name} has a MAP of {score:.4f}, cross-fitted, below min_judge_map {min_judge_map:g}"
+        for name, score in judges.items()
+        if not score >= min_judge_map
+    ]
+    most, origin = max_dropped_share, ""
+    if most is None:
+        most = MOST_DROPPED if estimate is None else min(1.0, estimate + SPARE)
+        origin = "" if estimate is None else f" ({estimate:.3f} of the labels are estimated to be wrong)"
+    if dropped_share > most:
+        reasons.append(
+            f"{dropped_share:.3f} of the photographs dropped, more than max_dropped_share {most:.3g}{origin}"
+        )
+    return reasons
 
 
 def detection(table: pd.DataFrame, dropped: pd.DataFrame, truth: pd.DataFrame) -> dict[str, float]:

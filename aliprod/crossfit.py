@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from aliprod import InputError, features, heads, manifest, training
+from aliprod import InputError, features, heads, manifest, metrics, training
 from aliprod.features import Features
 from aliprod.images import Images
 from aliprod.model import Recogniser, Saved
@@ -31,6 +31,9 @@ SCHEDULE = {
 }  # fmt: skip
 
 
+FOLDS = 5  # that a judge is measured by, where cleaning by it is not cross-fitted itself
+
+
 def answers(
     saved: Saved,
     table: pd.DataFrame,
@@ -42,12 +45,35 @@ def answers(
     seed: int,
 ) -> pd.DataFrame:
     """What `prediction.predict_table` gives, by heads of the model's kind on its backbone, none of which was trained
-    on the photograph it answers for. Labels and answers are rows of `classes`, the model's own are of no account."""
+    on the photograph it answers for. Labels and answers are rows of `classes`, whatever classes the model has itself.
+    InputError if too few photographs can be read."""
     images = Images(manifest.paths(table, data), manifest.labels(table, classes), saved.model.preprocessing)
     source = features.compute(saved.model, images, cache, precision)
+    dealt = parts(table, folds, seed)
+    if len(set(dealt[source.rows])) < 2:
+        reason = next(iter(source.corrupt.values()), "")
+        raise InputError(
+            f"only {len(source.rows)} of {len(table)} photographs can be read, too few to judge by: {reason}"
+        )
     row = head_round(saved, precision)
     levels = saved.tree.levels(classes["class_id"]) if saved.tree else None
-    return out_of_fold(saved.model, row, source, len(classes), parts(table, folds, seed), levels)
+    return out_of_fold(saved.model, row, source, len(classes), dealt, levels)
+
+
+def folds_for(table: pd.DataFrame) -> int:
+    """How many parts measure a judge on these rows: FOLDS, or fewer where there are fewer photographs."""
+    return max(2, min(FOLDS, len(table[manifest.COLUMNS].drop_duplicates())))
+
+
+def judge_map(answers: pd.DataFrame, table: pd.DataFrame) -> float:
+    """MAP, in [0, 1], of a model's cross-fitted `answers` for rows of `table`, by the labels as they are.
+
+    Classes of a single photograph are left out: no head has seen another of them.
+    """
+    photographs = table[manifest.COLUMNS].drop_duplicates()["class_id"].value_counts()
+    several = table["class_id"].map(photographs)[answers.index] > 1
+    judged = answers[several]
+    return metrics.mean_class_accuracy(judged["label"].to_numpy(), judged["pred"].to_numpy())
 
 
 def head_round(saved: Saved, precision: str) -> Round:

@@ -180,9 +180,10 @@ def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
 
 
 def select_list(predictions: pd.DataFrame, classes: pd.DataFrame) -> pd.DataFrame:
-    """The seed's list to choose stable classes by: class_id, confidence in [0, 1], surest first.
+    """The competition entry's list to choose stable classes by: class_id, confidence in [0, 1], surest first.
 
-    A class's confidence is the mean over its photographs of the confidence, counted 0 where the answer is wrong.
+    A class's confidence is the mean over its photographs of the confidence, counted 0 where the answer is wrong; it is
+    a probability where those are calibrated.
     """
     earned = predictions["confidence"].where(predictions["label"] == predictions["pred"], 0.0)
     mean = earned.groupby(predictions["label"]).mean().sort_values(ascending=False, kind="stable")

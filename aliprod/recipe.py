@@ -55,6 +55,12 @@ class Cleaning(_Row):
     the models' backbones have not learnt these labels themselves."""
     least: Count = 10
     """Photographs that smaller classes are grown to, by repeating some."""
+    max_dropped_share: Share | None = None
+    """Share of the photographs that may be dropped; more fails the step. Absent: 0.5; for confident, which estimates
+    the share of wrong labels, that share and 0.1 more."""
+    min_judge_map: Share = 0.3
+    """MAP that each of the models needs to be believed: cross-fitted on the photographs to be cleaned (in 5 parts where
+    folds is 0), by their labels as they are, over classes of at least 2; less fails the step."""
     precision: Literal["fp32", "bf16", "fp16", "mixed"] = "fp32"
     """Arithmetic, as of a round."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -90,7 +96,8 @@ class Round(_Row):
     select_list: Annotated[str, Field(pattern=r"\.csv$")] | None = None
     """A CSV of class_id and confidence, as evaluate writes it, to choose stable classes by; absent: all."""
     min_confidence: Share = 0.0
-    """Least confidence of a class in the select list."""
+    """Least confidence of a class in the select list: the mean over its photographs of the calibrated probability of
+    the answer, 0 where it is wrong."""
     class_holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the data's classes, drawn by seed, left out of training, so that val has unknown products to measure by;
     init must not have learnt them either."""

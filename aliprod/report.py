@@ -295,7 +295,9 @@ def confusion(predictions: pd.DataFrame, per_class: pd.DataFrame, worst: int = 1
         axes.imshow(shares, cmap="magma", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(columns)), [titles[c] for c in columns], rotation=90, fontsize=7, parse_math=False)
         axes.set_yticks(range(len(labels)), [titles[c] for c in labels], fontsize=7, parse_math=False)
-    axes.set(title="Least recognised classes", xlabel="taken for", ylabel="truth")
+    else:
+        axes.set(xticks=[], yticks=[])
+    axes.set(title="Least recognised classes" if len(labels) else "No mistakes", xlabel="taken for", ylabel="truth")
     return figure
 
 

@@ -24,6 +24,7 @@ from aliprod import (
     recipe,
     reliability,
     report,
+    training,
 )
 from aliprod.images import Images
 from tracking import rounds, runs
@@ -186,6 +187,23 @@ def test_a_round_leaves_its_calibration_in_its_model(many, store, tmp_path):
     assert np.stack(answers["class_ids"].tolist()).tolist() == ids.tolist()  # T changes no answer
     assert answers["unknown"].tolist() == (first < saved.unknown_below).tolist()
     assert answers["unknown"].dtype == bool and answers["unknown"].any() and not answers["unknown"].all()
+
+
+def test_what_people_read_of_an_evaluation_is_calibrated(many, tmp_path):
+    row = recipe.Round(name="tiny", freeze="all", epochs=15, batch_size=16, lr=1e-2, image_size=64)
+    tables = assembly.tables(row, many)
+    made = assembly.model(row, len(tables.classes), "imagenet")
+    source = assembly.inputs(made, row, tables.train, tables.classes, many, tmp_path, "none")
+    list(training.train(made, row, source, None, tmp_path / "checkpoints"))
+    found = report.evaluate(made, tables.classes, tables.val, many, tmp_path, tree=tables.tree)
+    table = found.predictions.assign(confidence=found.predictions["calibrated"])
+    assert (table["confidence"] - found.predictions["confidence"]).abs().max() > 0.01
+    pd.testing.assert_frame_equal(
+        found.reports["select_list.csv"](), metrics.select_list(table, tables.classes), check_dtype=False
+    )
+    wrong = table[table["label"] != table["pred"]].nlargest(20, "confidence")
+    titles = [axes.get_title() for axes in found.reports["figures/mistakes.png"]().axes]
+    assert [title.rpartition(", ")[2] for title in titles] == [f"{value:.0%}" for value in wrong["confidence"]]
 
 
 def test_classes_held_out_are_drawn_by_seed_from_the_data_not_the_manifest(row, shop):

@@ -68,6 +68,43 @@ def test_confident_learning_is_cleanlabs(seed, lean):
     assert (preds == labels)[ours & ~theirs].all() and (lean or np.array_equal(ours, theirs))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_share_of_wrong_labels_is_cleanlabs(seed):
+    from cleanlab.count import compute_confident_joint, estimate_joint
+
+    _, predictions, probabilities = material(seed)
+    labels = predictions["label"].to_numpy()
+    counted = compute_confident_joint(labels, probabilities, calibrate=False)
+    joint = counted / counted.sum(axis=1, keepdims=True) * np.bincount(labels)[:, None] / len(labels)
+    assert cleaning.wrong_share(predictions) == pytest.approx(1 - np.trace(joint)) != 0
+    rounded = estimate_joint(labels, probabilities)  # to whole photographs, class by class
+    assert cleaning.wrong_share(predictions) == pytest.approx(1 - np.trace(rounded), abs=6 / len(labels))
+    sure = predictions.assign(loss=0.0, pred=predictions["label"], confidence=1.0)
+    assert cleaning.wrong_share(sure) == 0
+
+
+@pytest.mark.parametrize(
+    ("judges", "share", "estimate", "limits", "words"),
+    [
+        ({"a": 0.3, "b": 0.9}, 0.5, None, (0.3, None), []),
+        ({"a": 0.3}, 0.501, None, (0.3, None), ["0.501 of the photographs dropped, more than max_dropped_share 0.5"]),
+        ({"a": 0.9}, 0.5, None, (0.3, 0.4), ["max_dropped_share 0.4"]),
+        ({"a": 0.9}, 0.5, None, (0.3, 1.0), []),
+        ({"a": 0.9}, 0.01, None, (0.3, 0.0), ["max_dropped_share 0"]),
+        ({"a": 0.9}, 0.14, 0.05, (0.3, None), []),
+        ({"a": 0.9}, 0.16, 0.05, (0.3, None), ["max_dropped_share 0.15 (0.050 of the labels are est"]),
+        ({"a": 0.9}, 0.16, 0.05, (0.3, 0.2), []),
+        ({"a": 0.9}, 1.0, 0.95, (0.3, None), []),
+        ({"a": 0.29, "b": 0.9}, 0.1, None, (0.3, None), ["judge a has a MAP of 0.2900, cross-fitted, below min_j"]),
+        ({"a": 0.9, "b": float("nan")}, 0.9, None, (0.0, None), ["judge b", "max_dropped_share"]),
+        ({"a": 0.0}, 0.1, None, (0.0, None), []),
+    ],
+)  # fmt: skip
+def test_a_weak_judge_and_too_many_dropped_are_refused(judges, share, estimate, limits, words):
+    reasons = cleaning.refusals(judges, share, estimate, *limits)
+    assert len(reasons) == len(words) and all(word in reason for word, reason in zip(words, reasons, strict=True))
+
+
 def test_a_few_answers_do_for_confident_learning():
     reasons = [cleaning.confident()([material(top=top)[1]]) for top in (3, 6)]
     assert np.mean(reasons[0] == reasons[1]) > 0.98

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from aliprod import InputError, assembly, catalogue, crossfit, features, manifest, training
+from aliprod import InputError, assembly, catalogue, crossfit, features, manifest, metrics, training
 from aliprod.images import Images
 from aliprod.model import Recogniser, Saved, weights_digest
 from aliprod.prediction import predict, predict_table
@@ -107,6 +107,24 @@ def test_every_readable_row_is_answered_once_as_a_model_would(noisy, tmp_path):
     pd.testing.assert_frame_equal(answers, crossfit.answers(*given, FOLDS, 0))
     assert not np.array_equal(answers["confidence"], crossfit.answers(*given, FOLDS, 1)["confidence"])
     assert weights_digest(noisy.saved.model) == digest
+
+
+def test_a_judge_is_measured_by_classes_that_a_head_could_learn(noisy):
+    answers = noisy.answers()
+    labels, preds = answers["label"].to_numpy(), answers["pred"].to_numpy()
+    assert crossfit.judge_map(answers, noisy.table) == metrics.mean_class_accuracy(labels, preds) > 0.3
+    alone = noisy.table["class_id"] == noisy.classes["class_id"][0]
+    table = pd.concat([noisy.table[~alone], *[noisy.table[alone].head(1)] * 2], ignore_index=True)
+    answers = noisy.answers(table=table)  # the only photograph of a class, twice: no head can know it
+    several = (answers["label"] > 0).to_numpy()
+    labels, preds = (answers[name].to_numpy()[several] for name in ("label", "pred"))
+    assert crossfit.judge_map(answers, table) == metrics.mean_class_accuracy(labels, preds)
+    assert [crossfit.folds_for(table.head(count)) for count in (1, 2, 3, 9)] == [2, 2, 3, 5]
+
+
+def test_photographs_that_cannot_be_read_judge_nobody(noisy, tmp_path):
+    with pytest.raises(InputError, match="only 0 of 160 photographs can be read, too few to judge by: No such file"):
+        noisy.answers(data=str(tmp_path))
 
 
 def test_each_part_is_answered_by_a_head_trained_on_a_manifest_without_it(noisy, tmp_path):

@@ -14,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
-from aliprod import InputError, assembly, manifest, model, recipe
+from aliprod import InputError, assembly, crossfit, manifest, metrics, model, recipe
 from entrypoints import clean, evaluate, predict, prepare, send, train
 from entrypoints.command import command
 from tracking import models
@@ -122,7 +123,8 @@ def test_prepare_writes_the_tables_and_logs_them(shop, store, tmp_path):
 def test_cleaning_writes_a_manifest_that_trains(tiny, shop, store, tmp_path, rule, folds):
     train.main(**arguments(recipe=str(tiny), data=str(shop)))
     output = tmp_path / "reliable.csv"
-    clean.main("newest newest", str(shop), "train", rule, 0.92, 2, folds, 5, "fp32", str(output), 0, Path("work"))
+    given = (rule, 0.92, 2, folds, 5, 1.0, 0.0, "fp32", str(output), 0, Path("work"))
+    clean.main("newest newest", str(shop), "train", *given)
     run = store.search_runs(["1"])[0]
     before, after = manifest.read(shop, "train"), manifest.read_csv(output)
     dropped = pd.read_csv(store.download_artifacts(run.info.run_id, "dropped.csv"), dtype=str)
@@ -133,6 +135,62 @@ def test_cleaning_writes_a_manifest_that_trains(tiny, shop, store, tmp_path, rul
     assert json.loads(output.with_suffix(".json").read_text())["source"] == manifest.digest(before)
     train.main(**arguments(recipe=str(tiny), data=str(shop), overrides=f"manifest={output} epochs=1"))
     assert store.search_runs(["1"])[0].data.params["num_train"] == str(len(after))
+
+
+def test_a_cleaning_by_a_weak_judge_is_refused_and_leaves_no_manifest(tiny, shop, store, tmp_path, capsys):
+    train.main(**arguments(recipe=str(tiny), data=str(shop)))
+    judge = store.search_runs(["1"])[0].info.run_id
+    saved, table = models.load(judge), manifest.read(shop, "train")
+    classes = manifest.class_index(table)
+    fitted = crossfit.answers(saved, table, classes, shop, Path("work/features"), "fp32", 5, 0)
+    score = metrics.mean_class_accuracy(fitted["label"].to_numpy(), fitted["pred"].to_numpy())
+
+    output = tmp_path / "reliable train.csv"
+    given = {"models": judge, "data": shop, "manifest": "train", "rule": "misclassified", "min_accuracy": 0.92}
+    given |= {"votes": 2, "folds": 0, "least": 5, "max_dropped_share": "", "precision": "fp32", "output": output}
+    given |= {"seed": 0, "work": "work", "min_judge_map": score + 0.01}
+    with pytest.raises(SystemExit) as stopped:
+        run_command("clean", options(**given))
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and f"MAP of the judges, cross-fitted: {judge} {score:.4f}" in said.out
+    assert f"judge {judge} has a MAP of {score:.4f}, cross-fitted, below min_judge_map" in said.err
+    run = store.search_runs(["1"])[0]
+    assert run.info.status == "FAILED" and "below min_judge_map" in run.data.tags["aliprod.error"]
+    assert run.data.metrics["judge_map"] == pytest.approx(score)
+    assert run.data.metrics["dropped_share"] == run.data.metrics["num_dropped"] / len(table)
+    assert {file.path for file in store.list_artifacts(run.info.run_id)} == {"dropped.csv", "figures"}
+    assert not output.exists() and not output.with_suffix(".json").exists()
+
+    dropped = run.data.metrics["num_dropped"] / len(table)
+    given |= {"data": str(shop), "output": str(output), "work": Path("work"), "min_judge_map": score - 0.01}
+    clean.main(**given | {"max_dropped_share": dropped})
+    assert "reliable-train: " in capsys.readouterr().out and output.exists()
+    with pytest.raises(InputError, match="max_dropped_share"):
+        clean.main(**given | {"max_dropped_share": dropped - 0.001, "output": "o.csv"})
+    assert not Path("o.csv").exists()
+
+
+def test_a_round_that_is_right_on_all_of_val_is_finished_its_model_logged_first(row, store, tmp_path):
+    records = {"train": [], "val": []}
+    for split, count in {"train": 6, "val": 2}.items():
+        for class_id, colour in {"001": "red", "002": "blue"}.items():
+            folder = tmp_path / "two" / split / class_id
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (64, 64), colour).save(folder / f"{number}.png")
+                records[split].append({"class_id": class_id, "image_id": f"{number}.png"})
+        (tmp_path / "two" / f"{split}.json").write_text(json.dumps({"images": records[split]}))
+    (tmp_path / "two.toml").write_text(
+        recipe.to_toml(row.model_copy(update={"init": "random", "lr": 1e-2, "epochs": 4}))
+    )
+    train.main(**arguments(recipe=str(tmp_path / "two.toml"), data=str(tmp_path / "two")))
+    (run,) = store.search_runs(["1"])
+    assert run.info.status == "FINISHED" and run.data.metrics["map"] == 1
+    assert "aliprod.report_errors" not in run.data.tags
+    lines = Path("work", "runs", run.info.run_id, "spool.jsonl").read_text().splitlines()
+    kinds = ["figure" if "/figures/" in line else json.loads(line)["kind"] for line in lines]
+    assert kinds.index("model") < kinds.index("figure")
+    assert models.load(run.info.run_id).classes["class_id"].tolist() == ["001", "002"]
 
 
 def stopped(command: list[str], number: int, work: Path, **options: object) -> tuple[int, str]:
@@ -353,7 +411,7 @@ def test_an_open_quote_is_refused_by_the_name_of_its_parameter(entry, name, shop
 @pytest.mark.parametrize("output", ["", "work/", ".csv", "..", "s3://bucket/", "work/dropped.csv"])
 def test_clean_writes_to_a_file_and_says_so_by_the_parameters_name(output, shop, store, capsys):
     line = refused("clean", {"output": output, "data": shop}, capsys)
-    assert re.match(rf"output '{re.escape(output)}': must end in a file's name", line), line
+    assert re.match(rf"output '{re.escape(output)}': must name a table", line), line
 
 
 def test_values_that_begin_with_a_dash_are_values(store, tmp_path, capsys):

@@ -51,6 +51,11 @@ def test_only_tracking_imports_mlflow_and_only_tuning_optuna(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_every_figure_is_of_the_kind_that_knows_fonts(file):
+    assert file.stem == "lettering" or not {"matplotlib.figure", "matplotlib.pyplot"} & imports(file)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_a_file_has_one_job_and_a_name(file):
     assert file.stem not in {"utils", "helpers", "common", "misc"}
     assert ast.get_docstring(ast.parse(file.read_text())), "says what it is for"

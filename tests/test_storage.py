@@ -483,7 +483,7 @@ def test_tables_are_scored_and_cleaned_from_there_to_there(s3, shop, store, row,
     evaluate.main("model", f"{address}/shop", f"{address}/few.csv", "fp32", Path("work"))
     (run,) = store.search_runs(["1"])
     assert len(pd.read_parquet(store.download_artifacts(run.info.run_id, "predictions.parquet"))) == 7
-    given = ("misclassified", 0.92, 2, 0, 5, "fp32", f"{address}/clean/reliable.csv", 0, Path("work"))
+    given = ("misclassified", 0.92, 2, 0, 5, 1.0, 0.0, "fp32", f"{address}/clean/reliable.csv", 0, Path("work"))
     clean.main("model", f"{address}/shop", f"{address}/part.csv", *given)
     folder = copies.fetch(f"{address}/clean", tmp_path / "elsewhere")
     about = json.loads((folder / "reliable.json").read_text())

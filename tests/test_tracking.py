@@ -37,6 +37,33 @@ def logged(row, shop, store, tmp_path):
     return run
 
 
+def test_a_report_that_fails_ends_no_run_and_is_named_with_its_reason(store, tmp_path, capsys):
+    def broken() -> str:
+        raise ValueError("no rows\nat all")
+
+    whole, unwritable = pd.DataFrame({"a": [1]}), pd.DataFrame({"a": [object()]})
+    with runs.start("reports", tmp_path / "work") as run:
+        run.reports({"broken.html": broken, "whole.csv": lambda: whole})
+        run.reports({"figures/unwritable.parquet": lambda: unwritable, "note.md": lambda: "text"})
+    found = store.get_run(run.id)
+    assert found.info.status == "FINISHED"
+    first, second = found.data.tags["aliprod.report_errors"].split("; ", 1)
+    assert first == "broken.html: ValueError: no rows at all" and second.startswith("figures/unwritable.parquet: Arrow")
+    names = {file.path for file in store.list_artifacts(run.id)}
+    assert names == {"whole.csv", "note.md", "report_errors.txt"}
+    lines = Path(store.download_artifacts(run.id, "report_errors.txt")).read_text().splitlines()
+    assert lines == [first, second] and f"warning: left out {first}" in capsys.readouterr().out
+
+
+def test_a_stop_while_reports_are_made_is_no_failed_report(store, tmp_path):
+    def stopped() -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), runs.start("stopped", tmp_path / "work") as run:
+        run.reports({"page.html": stopped})
+    assert store.get_run(run.id).info.status == "KILLED"
+
+
 def test_a_server_killed_in_mid_run_misses_nothing_and_gets_nothing_twice(server, tmp_path, monkeypatch):
     monkeypatch.setattr(spool, "PATIENCE", 0.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

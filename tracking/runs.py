@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
-from matplotlib.figure import Figure
 from mlflow import MlflowClient, entities
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from aliprod import InputError, csvfile, first_line, interruption, manifest
+from aliprod.lettering import Figure
 from tracking import reach, store
 from tracking.spool import Spool, insistent, send_waiting
 from tracking.store import away
