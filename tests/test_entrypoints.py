@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from aliprod import InputError, assembly, crossfit, manifest, metrics, model, recipe
-from entrypoints import clean, evaluate, predict, prepare, send, train
+from entrypoints import clean, evaluate, export, predict, prepare, send, train
 from entrypoints.command import command
 from tracking import models
 
@@ -93,6 +93,76 @@ def test_the_rounds_follow_one_another_and_are_evaluated_and_used(tiny, shop, st
     assert answers["class_id"][0] in capsys.readouterr().out
     send.main(Path("work"))
     assert capsys.readouterr().out == "0 runs had something to send\n"
+
+
+@pytest.fixture
+def trained(row, shop, store, tmp_path) -> Path:
+    """A saved model, trained on `shop` as its configuration says."""
+    tables = assembly.tables(row, shop)
+    network = assembly.model(row, len(tables.classes), "random")
+    network.save(tmp_path / "model", tables.classes, tables.tree, {"data_folder": str(shop)})
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def other_shop(shop, tmp_path, request) -> Path:
+    """A data folder of the same class ids, of which one has another name, or stands elsewhere in the tree, or all."""
+    shutil.copytree(shop, tmp_path / "other")
+    tree = json.loads((shop / "product_tree.json").read_text())
+    leaf = tree
+    while "children" in leaf:
+        above, leaf = leaf, leaf["children"][0]
+    if request.param == "one name":
+        leaf["name"] = "Something else"
+    elif request.param == "one path":
+        above["name"] = "Elsewhere"
+    else:
+        for child in tree["children"]:
+            child["name"] += " of another catalogue"
+    (tmp_path / "other" / "product_tree.json").write_text(json.dumps(tree))
+    return tmp_path / "other"
+
+
+def test_a_model_is_evaluated_on_what_it_was_trained_on(trained, shop, store, capsys):
+    evaluate.main(str(trained), "", "val", "fp32", Path("work"))
+    assert f"data:      {shop} (what the model was trained on)" in capsys.readouterr().out
+    (run,) = store.search_runs(["1"])
+    assert run.data.params["data_folder"] == str(shop)
+    assert not Path("work/demo").exists()
+
+
+def test_the_run_says_what_a_model_of_before_was_trained_on(trained, shop, store, capsys):
+    run = store.create_run(store.create_experiment("before"))
+    store.log_param(run.info.run_id, "data_folder", str(shop))
+    config = json.loads((trained / "config.json").read_text())
+    config |= {"run_id": run.info.run_id, "data_folder": ""}
+    (trained / "config.json").write_text(json.dumps(config))
+    evaluate.main(str(trained), "", "val", "fp32", Path("work"))
+    assert f"data:      {shop} (what" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [("", "data: it is not known what the model was trained on"), ("/nowhere", "trained on /nowhere")],
+)
+def test_where_nobody_knows_what_a_model_was_trained_on_no_data_is_taken_for_it(trained, folder, why):
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"data_folder": folder, "run_id": "0" * 32}))
+    with pytest.raises(InputError, match=f"{why}.*; give a folder"):
+        evaluate.main(str(trained), "", "val", "fp32", Path("work"))
+
+
+@pytest.mark.parametrize("other_shop", ["one name", "one path", "all"], indirect=True)
+def test_data_whose_ids_are_of_other_products_is_refused(trained, other_shop, store):
+    why = f"data '{other_shop}': . of the model's 8 classes are other products there; the (name|path) of '0000"
+    with pytest.raises(InputError, match=why):
+        evaluate.main(str(trained), str(other_shop), "val", "fp32", Path("work"))
+    cleaned = ("train", "misclassified", 0.92, 2, 0, 5, "fp32", "out.csv", 0, Path("work"))
+    with pytest.raises(InputError, match=why):
+        clean.main(str(trained), str(other_shop), *cleaned)
+    with pytest.raises(InputError, match=why):
+        export.main(str(trained), str(other_shop), Path("out.onnx"), 10, 1e-3, Path("work"))
+    assert store.search_runs(["0"]) == []
 
 
 @pytest.mark.parametrize("kind", ["csv", "files"])

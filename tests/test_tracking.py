@@ -23,7 +23,7 @@ from mlflow.protos import databricks_pb2
 
 from aliprod import InputError, assembly, manifest, model
 from aliprod.prediction import recognise
-from tracking import models, runs, spool
+from tracking import models, runs, search, spool
 
 
 @pytest.fixture
@@ -254,6 +254,41 @@ def test_a_model_is_found_by_every_name_it_has(logged, store, monkeypatch):
     names = ["newest", logged.id, f"runs:/{logged.id}/model", f"models:/{output.model_id}"]
     for name in [*names, "models:/recogniser/1", "models:/recogniser@champion", str(logged.folder / "model")]:
         assert model.weights_digest(model.load(models.fetch(name)).model) == expected, name
+
+
+def test_newest_is_this_projects_newest(logged, store):
+    """Another project on the same server logs a model of the same name after ours, and ends another run."""
+    with mlflow.start_run() as theirs:
+        mlflow.pyfunc.log_model(name="model", python_model=lambda model_input: model_input, pip_requirements=[])
+    assert models.logged(store.get_run(theirs.info.run_id))
+    assert models.newest({}, of_model=True) == logged.id
+
+
+def test_a_deleted_model_is_no_runs_model(logged, store):
+    (output,) = store.get_run(logged.id).outputs.model_outputs
+    store.delete_logged_model(output.model_id)
+    assert models.newest({}, of_model=True) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["o'brien", 'say "so"', 'o\'brien says "so"', "back\\", "100% _", "a; --b", "`tick`", "line\nbreak", "果物"]
+)
+def test_a_run_is_found_by_a_tag_of_any_text_and_not_by_one_that_looks_like_it(store, tmp_path, name):
+    ids = {}
+    for text in (name, f"{name}x", "".join("x" if one in "'\"\\%_;`\n" else one for one in name) + " "):
+        with runs.start("tagged", tmp_path / "work", {"recipe": text}, monitored=False) as run:
+            ids[text] = run.id
+    assert [run.info.run_id for run in search.runs({"recipe": name}, "FINISHED")] == [ids[name]]
+    assert models.newest({"aliprod.recipe": name}) == ids[name]
+
+
+def test_all_pages_of_runs_are_searched(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "PAGE", 2)
+    ids = []
+    for _ in range(5):
+        with runs.start("one of many", tmp_path / "work", {"recipe": "many"}, monitored=False) as run:
+            ids.append(run.id)
+    assert [run.info.run_id for run in search.runs({"recipe": "many"})] == ids[::-1]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "0" * 32, "models:/none@champion", "runs:/x/model", "newest"])
