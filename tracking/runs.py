@@ -142,6 +142,7 @@ def start(
     interruption or a Cut. What earlier runs in `work` could not send is sent first. Unless `monitored`, the system is
     not sampled. InputError if the tracking server does not answer or refuses, or if MLFLOW_RUN_ID is not ours.
     """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     store.ready()
     send_waiting(work)
     run_id, status = "", "FAILED"
