@@ -4,7 +4,7 @@ from pathlib import Path
 
 from aliprod import recipe
 from entrypoints.command import command, data_folder_of
-from tracking import cleanings, copies, runs, storage
+from tracking import cleanings, copies, runs, steps, storage
 from tracking.models import load
 
 
@@ -21,7 +21,8 @@ def main(
         name=base.rpartition("/")[2], models=models.split(), manifest=manifest, rule=rule, min_accuracy=min_accuracy,
         votes=votes, folds=folds, least=least, precision=precision, seed=seed,
     )  # fmt: skip
-    folder = data_folder_of(map(load, row.models), data, work)
+    judges = [] if data else [load(steps.resolve(name, "", "", {})) for name in row.models]
+    folder = data_folder_of(judges, data, work)  # what is given is compared with the judges by the cleaning itself
     with runs.start(f"clean {rule}", work) as run:
         scores = cleanings.clean(run, "", copies.tables_here(row, work), folder, work, {})
     files = (run.folder / "artifacts" / f"{row.name}{suffix}" for suffix in (".json", ".csv"))
