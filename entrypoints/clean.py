@@ -7,7 +7,7 @@ from typing import Literal
 from aliprod import InputError, recipe
 from aliprod.parameters import paths
 from entrypoints.command import command, data_folder_of
-from tracking import cleanings, copies, runs, storage
+from tracking import cleanings, copies, runs, steps, storage
 from tracking.models import load
 
 
@@ -28,7 +28,8 @@ def main(
         folds=folds, least=least, max_dropped_share=None if max_dropped_share == "" else max_dropped_share,
         min_judge_map=min_judge_map, precision=precision, seed=seed,
     )  # fmt: skip
-    folder = data_folder_of(map(load, row.models), data, work)
+    judges = [] if data else [load(steps.resolve(name, "", "", {})) for name in row.models]
+    folder = data_folder_of(judges, data, work)  # what is given is compared with the judges by the cleaning itself
     with runs.start(f"clean {rule}", work) as run:
         scores = cleanings.clean(run, "", copies.tables_here(row, work), folder, work, {})
     files = (run.folder / "artifacts" / f"{row.name}{suffix}" for suffix in (".json", ".csv"))

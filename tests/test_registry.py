@@ -38,7 +38,7 @@ def log(kind: str, shop: Path, work: Path) -> str:
     that hardly sees; what else there is to a round is none of promotion's business."""
     row = ROW.model_copy(update={"samples_quantile": (0.5, 1.0)} if kind == "half" else {})
     if kind == "dim":
-        row = row.model_copy(update={"backbone": "test_resnet", "init": "random"})
+        row = row.model_copy(update={"image_size": 48})
     tables = assembly.tables(row, shop)
     network = assembly.model(row, len(tables.classes), row.init)
     if kind == "blind":
@@ -221,6 +221,21 @@ def test_a_classifier_is_compared_on_the_classes_that_both_know_each_answering_a
         assert verdict[side]["map"] == pytest.approx(right.groupby(queries["class_id"].to_numpy()).mean().mean())
     assert verdict["num_classes"] == len(known) and verdict["champion"]["coverage"] == len(known) / 8
     assert verdict["candidate"]["coverage"] == 1
+
+
+def test_a_champion_of_other_products_is_not_replaced_unseen(kinds, shop, tmp_path):
+    shutil.copytree(shop, tmp_path / "other")
+    tree = (shop / "product_tree.json").read_text()
+    (tmp_path / "other" / "product_tree.json").write_text(tree.replace('"name": "', '"name": "Other '))
+    with pytest.raises(InputError, match="8 of the model's 8 classes are other products there"):
+        offer(kinds["seeing"], tmp_path / "other")
+    crown(kinds["dim"])
+    theirs = log("seeing", tmp_path / "other", Path("work"))
+    verdict = offer(theirs, confidence=0.5)["classifier"]
+    assert verdict["reasons"] == [
+        "the champion knows none of its classes; delete the alias champion of aliprod-classifier to begin anew"
+    ]
+    assert state()[registry.CLASSIFIER] == {"champion": kinds["dim"]}
 
 
 def test_the_best_of_several_is_of_the_widest_coverage_first(kinds):
