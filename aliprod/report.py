@@ -14,7 +14,7 @@ import pandas as pd
 
 from aliprod import InputError, features, manifest, metrics, reliability
 from aliprod.features import Features
-from aliprod.images import Images, Preprocessing, load
+from aliprod.images import UNREAD, Images, Preprocessing, load, read, reason
 from aliprod.lettering import Figure, caption
 from aliprod.model import Recogniser
 from aliprod.prediction import predict
@@ -147,12 +147,15 @@ def _reports(
     return reports
 
 
-def rounds(results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str] | None = None) -> pd.DataFrame:
+def rounds(
+    results: list[tuple[Round, dict[str, Any]]], verdicts: dict[str, dict[str, str]] | None = None
+) -> pd.DataFrame:
     """The table of rounds, its columns named as the competition entry names its own, beside what its authors reported.
 
     results: each round with its recipe, run, num_classes, gap, map and the yardstick's ncm_accuracy and nn_accuracy;
-    verdict: what was decided about the extractor of a run, by run.
+    verdicts: what was decided about a run as an Extractor and as a Classifier, by run.
     """
+    said: dict[str, dict[str, str]] = {"Extractor": {}, "Classifier": {}} | (verdicts or {})
     return pd.DataFrame(
         {
             "R": f"{scores['recipe']}/{row.name}",
@@ -174,7 +177,7 @@ def rounds(results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str] 
             "Reported MAP": (row.reported or {}).get("map", math.nan),
             "NCM": scores["ncm_accuracy"],
             "1-NN": scores["nn_accuracy"],
-            "Extractor": (verdict or {}).get(scores["run"], ""),
+            **{column: by_run.get(scores["run"], "") for column, by_run in said.items()},
             "Run": scores["run"],
         }
         for row, scores in results
@@ -389,7 +392,7 @@ def _photograph(axes: matplotlib.axes.Axes, file: str) -> None:
     """Draws a photograph, or why it cannot be read any more."""
     axes.set_axis_off()
     try:
-        axes.imshow(load(Path(file).read_bytes(), SMALL))
-    except (InputError, OSError) as error:
-        reason = caption(str(error.strerror if isinstance(error, OSError) else error), 60)
-        axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=7, wrap=True, parse_math=False)
+        axes.imshow(load(read(file), SMALL))
+    except UNREAD as error:
+        why = caption(reason(error), 60)
+        axes.text(0.5, 0.5, why, ha="center", va="center", fontsize=7, wrap=True, parse_math=False)

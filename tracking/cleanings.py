@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from aliprod import InputError, assembly, cleaning, crossfit, manifest, report, taxonomy
+from aliprod import InputError, assembly, cleaning, crossfit, csvfile, manifest, report
 from aliprod.lettering import Figure
 from aliprod.prediction import predict_table
 from aliprod.recipe import Cleaning
@@ -33,6 +33,7 @@ def clean(run: Run, recipe: str, row: Cleaning, data: Path, work: Path, done: di
     answers, judges = [], {}
     for name, source in zip(row.models, sources, strict=True):
         saved = models.load(source)
+        assembly.refuse_other_products(saved.classes, data)
         saved.model.to(assembly.device())
         given = (saved, table, classes, data, work / "features", row.precision)
         # What the model has learnt says nothing of how well it judges; heads that never saw the labels do.
@@ -51,7 +52,7 @@ def clean(run: Run, recipe: str, row: Cleaning, data: Path, work: Path, done: di
     estimate = cleaning.wrong_share(answers[0]) if row.rule == "confident" else None
     scores |= {} if estimate is None else {"estimated_share": estimate}
     if (truth := data / "truth.csv").exists():
-        scores |= cleaning.detection(table, dropped, pd.read_csv(truth, dtype="str"))
+        scores |= cleaning.detection(table, dropped, csvfile.read(truth, [*manifest.COLUMNS, "true_class_id"]))
     run.metrics(scores, 0)
     words = ", ".join(f"{name} {score:.4f}" for name, score in judges.items())
     print(f"{title}: MAP of the judges, cross-fitted: {words}", flush=True)
@@ -73,6 +74,5 @@ def clean(run: Run, recipe: str, row: Cleaning, data: Path, work: Path, done: di
 
 
 def _thumbnails(table: pd.DataFrame, dropped: pd.DataFrame, classes: pd.DataFrame, data: Path) -> Figure:
-    tree = data / "product_tree.json"
-    names = assembly.describe(classes, taxonomy.read(tree) if tree.exists() else None).set_index("class_id")["name"]
+    names = assembly.describe(classes, assembly.tree(data)).set_index("class_id")["name"]
     return report.thumbnails(dropped, pd.Series(manifest.paths(table, data)), names)
