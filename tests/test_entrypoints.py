@@ -234,7 +234,7 @@ def test_a_cleaning_by_a_weak_judge_is_refused_and_leaves_no_manifest(tiny, shop
     dropped = run.data.metrics["num_dropped"] / len(table)
     given |= {"data": str(shop), "output": str(output), "work": Path("work"), "min_judge_map": score - 0.01}
     clean.main(**given | {"max_dropped_share": dropped})
-    assert "reliable-train: " in capsys.readouterr().out and output.exists()
+    assert "reliable_train: " in capsys.readouterr().out and output.exists()
     with pytest.raises(InputError, match="max_dropped_share"):
         clean.main(**given | {"max_dropped_share": dropped - 0.001, "output": "o.csv"})
     assert not Path("o.csv").exists()
@@ -481,7 +481,7 @@ def test_an_open_quote_is_refused_by_the_name_of_its_parameter(entry, name, shop
 @pytest.mark.parametrize("output", ["", "work/", ".csv", "..", "s3://bucket/", "work/dropped.csv"])
 def test_clean_writes_to_a_file_and_says_so_by_the_parameters_name(output, shop, store, capsys):
     line = refused("clean", {"output": output, "data": shop}, capsys)
-    assert re.match(rf"output '{re.escape(output)}': must name a table", line), line
+    assert re.match(rf"output '{re.escape(output)}': must end in a file's name", line), line
 
 
 def test_values_that_begin_with_a_dash_are_values(store, tmp_path, capsys):

@@ -104,6 +104,8 @@ class Run:
                 else:
                     self.text(report, name)
             except Exception as error:  # of whatever kind
+                if self.spool.lost:
+                    raise  # this machine keeps nothing any more, which is no report's fault
                 reason = " ".join(f"{name}: {type(error).__name__}: {error}".split())[:500]
                 self._report_errors.append(reason)
                 print(f"warning: left out {reason}", flush=True)
