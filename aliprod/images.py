@@ -8,7 +8,6 @@ the epoch and its row, so it does not depend on the number of threads or on wher
 
 import functools
 import io
-import os
 import re
 import threading
 from collections import deque
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from aliprod import InputError
+from aliprod.processors import available_cpus
 
 if TYPE_CHECKING:  # exported models read photographs where there is no torch
     import torch
@@ -153,7 +153,7 @@ class Images:
         self.seed = seed
         self.max_corrupt_share = max_corrupt_share
         self.max_pixels = max_pixels
-        self.workers = workers or os.cpu_count() or 1
+        self.workers = workers or available_cpus()
         self.corrupt: dict[int, str] = {}
 
     def batches(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[tuple["torch.Tensor", np.ndarray]]:
