@@ -17,6 +17,7 @@ from aliprod.hierarchy import Tree
 from aliprod.images import MAX_PIXELS, Images
 from aliprod.model import Recogniser, Saved, autocast
 from aliprod.progress import progress
+from aliprod.streams import plain
 from aliprod.taxonomy import Levels
 
 TOP = 5  # answers kept for each photograph
@@ -210,7 +211,7 @@ def words(name: str, text: str) -> list[str]:
 
 def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:
     """What `recognise` gives as one flat row a file: file, class_id, name, path, confidence, class_id_2 ... error."""
-    columns: dict[str, Any] = {"file": files}
+    columns: dict[str, Any] = {"file": [plain(file) for file in files]}
     names = {"class_ids": "class_id", "names": "name", "paths": "path", "confidences": "confidence"}
     for place in range(answers["class_ids"].str.len().max()):
         for source, name in names.items():

@@ -13,7 +13,7 @@ import sqlalchemy
 from mlflow.store.db.utils import _is_empty_database, _safe_initialize_tables, _upgrade_db
 from sqlalchemy import Connection, Engine, MetaData, Table, func, insert, inspect, select, text, update
 
-from aliprod import InputError
+from aliprod import InputError, streams
 from tracking import server, storage
 from tracking.parts import Died
 
@@ -137,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with streams.unfailing():
+        main()

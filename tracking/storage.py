@@ -27,6 +27,7 @@ from botocore.exceptions import HTTPClientError as BrokenConnection
 from aliprod import InputError
 from aliprod.atomic import replacing
 from aliprod.progress import progress
+from aliprod.streams import plain
 
 PARALLEL = 16  # objects at a time
 PART = 8 << 20  # bytes in one request of an upload; smaller files go in one
@@ -253,7 +254,10 @@ def _files(source: Path, name: str) -> Iterator[tuple[Path, str]]:
         yield source, name
     for folder, _, files in os.walk(source, topdown=False, followlinks=True):
         for path in (Path(folder) / file for file in sorted(files)):
-            yield path, slashed(name) + path.relative_to(source).as_posix()
+            key = slashed(name) + path.relative_to(source).as_posix()
+            if plain(key) != key:
+                raise InputError(f"'{plain(str(path))}': the name is not UTF-8, as names in a store must be")
+            yield path, key
 
 
 def _refuse_strange(bucket: str, key: str) -> None:
