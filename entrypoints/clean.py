@@ -1,15 +1,17 @@
 """Drops the photographs that models hold to be filed wrongly, into a new manifest."""
 
 from pathlib import Path
+from typing import Annotated
 
 from aliprod import recipe
 from entrypoints.command import command, data_folder
+from entrypoints.places import Within
 from tracking import cleanings, copies, runs, storage
 
 
 def main(
     models: str, data: str, manifest: str, rule: str, min_accuracy: float, votes: int, folds: int, least: int,
-    precision: str, output: str, seed: int, work: Path,
+    precision: str, output: Annotated[str, Within("reliable_train.csv")], seed: int, work: Path,
 ) -> None:  # fmt: skip
     """models: one or more; data, manifest: what to clean; rule: misclassified (with min_accuracy), disagreement (with
     votes) or confident; folds: of cross-fitting; least: rows small classes grow to; precision, output (a path or

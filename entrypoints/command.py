@@ -3,13 +3,15 @@
 import argparse
 import inspect
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from pydantic import ValidationError, validate_call
 
-from aliprod import InputError, catalogue, interruption
+from aliprod import InputError, catalogue, interruption, streams
+from entrypoints import places
 from tracking import copies, storage
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -28,16 +30,24 @@ def command(main: Callable[..., None]) -> None:
     A user's mistake, or a server that is away, ends in one line and exit status 2, a stop in one line and 130; else 0
     or a traceback.
     """
+    with streams.unfailing():
+        _run(main)
+
+
+def _run(main: Callable[..., None]) -> None:
     interruption.raise_on_signals()
     parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
     parser.names = list(inspect.signature(main).parameters)
-    for name, parameter in inspect.signature(main).parameters.items():
+    parameters = inspect.signature(main).parameters
+    for name, parameter in parameters.items():
         required = parameter.default is inspect.Parameter.empty
         parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
     try:
         given = vars(parser.parse_args())
-        for name, parameter in inspect.signature(main).parameters.items():
-            if parameter.annotation is Path and storage.is_address(given[name]):
+        given = places.place(given, {name: parameter.annotation for name, parameter in parameters.items()})
+        for name, parameter in parameters.items():
+            kind = typing.get_args(parameter.annotation) or (parameter.annotation,)
+            if kind[0] is Path and storage.is_address(given[name]):
                 raise InputError(f"{name} {given[name]!r}: must be on this machine; `upload` puts it there")
         validate_call(main)(**given)
     except ValidationError as error:
@@ -79,6 +89,8 @@ def data_folder(data: str, work: Path) -> Path:
         if not path.is_dir():
             raise InputError(f"data {data!r}: no folder {path} (relative paths start at the project's folder)")
         return path
+    if Path("demo", "train.json").exists():
+        print("data: demo is the demo catalogue; the folder here that is called so is ./demo", flush=True)
     catalogue.render(work / "demo")
     return (work / "demo").resolve()
 

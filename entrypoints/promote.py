@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from entrypoints.command import command, data_folder
-from tracking import promotions, runs
+from tracking import origin, promotions, runs
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
     with runs.start("promote", work, {"candidates": candidates}) as run:
         verdict = promotions.promote(run, candidates, ground, limits, work, dry_run)
     print(promotions.markdown(verdict))
-    print(f"run:       {run.id}\nbrowse:    make server")
+    print(f"run:       {run.id}\nbrowse:    {origin.pages()}")
 
 
 if __name__ == "__main__":

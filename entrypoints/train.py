@@ -5,7 +5,7 @@ from pathlib import Path
 from aliprod import interruption
 from aliprod.recipe import override, read
 from entrypoints.command import command, data_folder, recipe_path, refuse
-from tracking import copies, rounds, runs
+from tracking import copies, origin, rounds, runs
 
 
 def main(
@@ -27,10 +27,10 @@ def main(
             interruption.raise_on_signals(minutes)
             evaluation = rounds.train(run, job, work, resume)
         except KeyboardInterrupt:
-            command = f"mlflow run . -e train --env-manager local -P resume={run.id} -P work={work}"
+            command = origin.again("train", resume=run.id, work=work)
             raise KeyboardInterrupt(f"; go on with: {command}") from None
     print(rounds.summary(run, evaluation))
-    print("browse:    make server")
+    print(f"browse:    {origin.pages()}")
 
 
 if __name__ == "__main__":

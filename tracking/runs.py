@@ -20,6 +20,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from aliprod import InputError, manifest
+from aliprod.streams import plain
+from tracking import origin
 from tracking.spool import Spool, away, insistent, send_waiting
 
 EXPERIMENT = "aliprod"  # for runs that `mlflow run` did not start
@@ -40,7 +42,7 @@ class Run:
 
     def tags(self, values: dict[str, Any]) -> None:
         """Tags; keys without a dot of their own get the project's prefix."""
-        self.spool.put("tags", values={_key(key): str(value) for key, value in values.items()})
+        self.spool.put("tags", values={_key(key): plain(str(value)) for key, value in values.items()})
 
     def params(self, values: dict[str, Any]) -> None:
         """Parameters."""
@@ -109,7 +111,7 @@ class Run:
         """Closes the run as FINISHED, FAILED or KILLED."""
         self.spool.put("end", status=status, time=_now())
         if not self.spool.close():
-            command = f"mlflow run . -e send --env-manager local -P work={self.folder.parents[1]}"
+            command = origin.again("send", work=self.folder.parents[1])
             print(f"the tracking server is away: run {self.id} waits in {self.folder} for `{command}`")
 
     def _artifact_path(self, name: str) -> Path:
@@ -186,7 +188,8 @@ def close_abandoned(run_id: str) -> None:
 def git_state() -> str:
     """The commit the code stands at, with "-dirty" if files differ from it; "unknown" outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    place = Path(__file__).parent
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, errors="replace", check=False)
     return done.stdout.strip() or "unknown"
 
 

@@ -1,5 +1,6 @@
 """Steps of a recipe in the store: which run an earlier step is, what it left, and what its result depends on."""
 
+import functools
 import hashlib
 import json
 import re
@@ -22,19 +23,32 @@ def resolve(name: str, recipe: str, data: str, done: dict[str, str]) -> str:
     """What `name`, an init, manifest or model in a row of `recipe`, stands for: a run's id, or `name` itself.
 
     A step, `step` or `recipe/step`, is the run in `done` (recipe/step -> run id), else the newest finished one of that
-    name on the data of digest `data`.
+    name on the data of digest `data`. A step is preferred to a file or folder here that happens to be called so, and
+    a line says so.
     """
-    if not is_step(name):
+    if not _may_be_step(name):
         return name
     of, _, step = name.rpartition("/")
     of = of or recipe
     tags = {"aliprod.recipe": of, "aliprod.round": step, "aliprod.data": data}
-    return done.get(f"{of}/{step}") or models.newest(tags) or name
+    run_id = done.get(f"{of}/{step}") or models.newest(tags)
+    if run_id and Path(name).exists():
+        _say_preferred(name, f"{of}/{step}")
+    return run_id or name
+
+
+@functools.cache  # a step is asked for more than once
+def _say_preferred(name: str, step: str) -> None:
+    print(f"{name!r} is the step {step}; what lies here and is called so is ./{name}", flush=True)
 
 
 def is_step(name: str) -> bool:
     """Whether `name` can only be a step's: it is no word, no file, no run's id and no URI."""
-    known = name in WORDS or re.fullmatch("[0-9a-f]{32}", name) or Path(name).exists()
+    return _may_be_step(name) and not Path(name).exists()
+
+
+def _may_be_step(name: str) -> bool:
+    known = name in WORDS or re.fullmatch("[0-9a-f]{32}", name)
     return not known and re.fullmatch(r"[\w./-]+", name) is not None
 
 
