@@ -1,9 +1,11 @@
 # `make help` lists the targets. Everything is installed into .venv, from conda.yaml's pip list.
-PYTHON ?= python3.11
+# The newest Python that the environment is for and that can make one (Debian has venv apart). Another: make PYTHON=...
+PYTHONS := python3.13 python3.12 python3.11
+PYTHON ?= $(firstword $(foreach python,$(PYTHONS),$(shell $(python) -c 'import ensurepip; print("$(python)")' 2>/dev/null)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 
-.PHONY: help demo test test-all lint bench server team-server clean
+.PHONY: help demo test test-all test-bare test-lowest lint bench server team-server clean
 
 help:     ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -16,6 +18,12 @@ test: $(READY)     ## Run the tests (about 5 minutes)
 
 test-all: test     ## Run the slow tests too
 	pytest -m slow
+
+test-bare:         ## Run make demo and make test in bare Debian 12 and 13 systems (root, debootstrap, 30 GB)
+	tests/bare.sh
+
+test-lowest:       ## Run the fast tests with the oldest packages that conda.yaml allows
+	tests/lowest.sh
 
 lint: $(READY)     ## Check style and types
 	ruff check . && ruff format --check . && mypy aliprod entrypoints tracking
@@ -33,7 +41,10 @@ clean:             ## Remove what was installed; runs and data stay
 	rm -rf .venv
 
 $(READY): conda.yaml pyproject.toml
-	$(PYTHON) -m venv .venv
+	@test -n "$(PYTHON)" || { for python in $(PYTHONS); do command -v $$python >/dev/null && break; done \
+		&& echo "$$python cannot make an environment: install its venv (apt install $$python-venv)" >&2 \
+		|| echo "None of $(PYTHONS) is here: install one (apt install python3-venv) or name it: make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv --clear .venv
 	python -m pip install --quiet --upgrade pip
 	python -m pip install --quiet --editable '.[server]' --group dev
 	touch $@

@@ -50,21 +50,49 @@ def tables(row: Round, data: str | Path) -> Tables:
         train = manifest.select_listed(train, row.select_list, row.min_confidence)
     if row.class_holdout:
         train = manifest.hold_out(train, manifest.class_index(whole), row.class_holdout, row.seed)
-    tree_path = Path(data) / "product_tree.json"
-    tree = taxonomy.read(tree_path) if tree_path.exists() else None
-    classes = describe(manifest.class_index(train), tree)
+    products = tree(data)
+    classes = describe(manifest.class_index(train), products)
     if len(classes) < 2:
         raise InputError(f"{data}: {row.manifest} holds {len(classes)} class; at least 2 are needed")
     queries = manifest.read(data, "val")
     val = queries[manifest.labels(queries, classes) >= 0].reset_index(drop=True)
     if val.empty:
         raise InputError(f"{data}: val.json holds no photograph of the {len(classes)} classes trained on")
-    return Tables(train, val, classes, tree, gallery, queries, manifest.digest(whole))
+    return Tables(train, val, classes, products, gallery, queries, manifest.digest(whole))
+
+
+def tree(data: str | Path) -> taxonomy.Taxonomy | None:
+    """The product tree of a data folder, if it has one."""
+    path = Path(data) / "product_tree.json"
+    return taxonomy.read(path) if path.exists() else None
+
+
+def contradictions(classes: pd.DataFrame, products: taxonomy.Taxonomy | None) -> pd.DataFrame:
+    """The rows of a model's `classes` whose name or path is another in the product tree, with the tree's as name_there
+    and path_there: the ids are of other products. What either side leaves open is no contradiction."""
+    there = describe(classes, products)
+    differs = pd.Series(False, index=classes.index)
+    for column in ("name", "path"):
+        ours, theirs = classes[column], there[column]
+        differs |= (ours != theirs) & (ours != "") & (theirs != "")
+    return classes.join(there[["name", "path"]], rsuffix="_there")[differs]
+
+
+def refuse_other_products(classes: pd.DataFrame, data: str | Path) -> None:
+    """InputError if the product tree of a data folder says of some of a model's `classes` that they are others."""
+    others = contradictions(classes, tree(data))
+    if len(others):
+        first = others.iloc[0]
+        column = "name" if first["name"] and first["name_there"] not in ("", first["name"]) else "path"
+        raise InputError(
+            f"data {str(data)!r}: {len(others)} of the model's {len(classes)} classes are other products there; "
+            f"the {column} of {first['class_id']!r} is {first[f'{column}_there']!r}, in the model {first[column]!r}"
+        )
 
 
 def describe(classes: pd.DataFrame, tree: taxonomy.Taxonomy | None) -> pd.DataFrame:
     """`classes` with the name and path of each in the tree, "" where unknown."""
-    known = tree.describe(classes["class_id"]) if tree else {"name": "", "path": ""}
+    known = tree.describe(classes["class_id"]).set_index(classes.index) if tree else {"name": "", "path": ""}
     return classes.assign(**known)[["class_id", "name", "path", "num_train"]]
 
 

@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 from numpy.random import default_rng
 
-from aliprod import InputError
+from aliprod import InputError, csvfile, manifest
 from aliprod.packages import DEPARTMENTS, FLAVOURS, WORDS, path, photograph
 from aliprod.processors import available_cpus
 from aliprod.progress import progress
 
+TRUTH = [*manifest.COLUMNS, "true_class_id"]  # columns of truth.csv
 EDITION = 1  # of the drawings: raise it when the same parameters come to render other pictures
 SIBLING_SHARE = 0.8  # of the wrong labels: these stay in their category, the others fall anywhere
 
@@ -91,7 +92,7 @@ def _product_tree(plan: Plan) -> list[dict[str, Any]]:
 def _fill(folder: Path, plan: Plan, workers: int) -> None:
     """Write every file of a catalogue but its colophon into an empty folder."""
     truth = _truth(plan)
-    truth.to_csv(folder / "truth.csv", index=False)
+    csvfile.write(truth, folder / "truth.csv")
     (folder / "product_tree.json").write_text(json.dumps(_product_tree(plan), indent=1))
     for split, rows in truth.groupby("split"):
         images = rows[["class_id", "image_id"]].to_dict("records")
@@ -144,7 +145,7 @@ def render(
     if folder.exists() and any(folder.iterdir()):
         if not mark.exists() or json.loads(mark.read_text()) != colophon:
             raise InputError(f"folder {folder} is not empty and holds no catalogue of these parameters")
-        return pd.read_csv(folder / "truth.csv", dtype=str)
+        return csvfile.read(folder / "truth.csv", TRUTH)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         draft = Path(scratch) / folder.name
@@ -152,4 +153,4 @@ def render(
         _fill(draft, plan, workers or available_cpus())
         (draft / mark.name).write_text(json.dumps(colophon, indent=1))
         draft.replace(folder)
-    return pd.read_csv(folder / "truth.csv", dtype=str)
+    return csvfile.read(folder / "truth.csv", TRUTH)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from aliprod import InputError, calibration, features, manifest, prediction
 from aliprod.features import BATCH_SIZE, Features
 from aliprod.gallery import ENROLLED, Gallery
-from aliprod.images import Images
+from aliprod.images import Images, opened, reason
 from aliprod.model import Recogniser, Saved
 from aliprod.streams import plain
 
@@ -146,9 +146,9 @@ def withdraw(saved: Saved, class_ids: list[str], files: list[str]) -> tuple[Gall
     if unknown := sorted(set(class_ids) - set(before.enrolled["class_id"])):
         raise InputError(f"class {unknown[0]!r}: no photograph of it is enrolled")
     shas, enrolled = {file: _sha256(file) for file in files}, set(before.enrolled["sha256"])
-    for file, (sha, reason) in shas.items():
+    for file, (sha, why) in shas.items():
         if sha not in enrolled:
-            raise InputError(f"{file}: {reason or 'not enrolled'}")
+            raise InputError(f"{file}: {why or 'not enrolled'}")
     leaving = before.enrolled["class_id"].isin(class_ids)
     leaving |= before.enrolled["sha256"].isin([sha for sha, _ in shas.values()])
     staying = torch.from_numpy(~leaving.to_numpy())
@@ -226,10 +226,10 @@ def _places(saved: Saved, gallery: Gallery, images: Images) -> tuple[torch.Tenso
 def _sha256(file: str) -> tuple[str, str]:
     """The digest of a file's bytes and "", or "" and why it cannot be read."""
     try:
-        with Path(file).open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest(), ""
-    except OSError as error:
-        return "", str(error.strerror)
+        with opened(file) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest(), ""
+    except (OSError, ValueError) as error:
+        return "", reason(error)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 
-from aliprod import InputError
+from aliprod import InputError, first_line
 from aliprod.images import Images, Preprocessing
 from aliprod.processors import available_cpus
 
@@ -34,7 +34,7 @@ class Exported:
             self.classes = pd.DataFrame(json.loads(self.metadata["classes"]))
             known = json.loads(self.metadata["preprocessing"])
         except Exception as error:  # the runtime's have nothing in common
-            raise InputError(f"{path}: not an exported model: {str(error).splitlines()[0]}") from None
+            raise InputError(f"{path}: not an exported model: {first_line(error)}") from None
         self.preprocessing = Preprocessing(
             known["image_size"], tuple(known["mean"]), tuple(known["std"]), known["interpolation"]
         )

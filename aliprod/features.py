@@ -6,9 +6,9 @@ whoever needs files that no part has computes those alone. A part is filled unde
 done, and renamed when complete: an interrupted computation goes on where it was.
 """
 
-import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from aliprod.atomic import replacing
 from aliprod.images import Images
 from aliprod.model import Recogniser, autocast, weights_digest
 from aliprod.progress import progress
+from aliprod.sharing import locked
 
 BATCH_SIZE = 128  # images; without gradients this fits everywhere
 SAVE_EVERY = 16  # batches between two notes of how far the computation is
@@ -30,19 +31,18 @@ SAVE_EVERY = 16  # batches between two notes of how far the computation is
 class Store:
     """Embeddings of one network on disk, a row a file, all parts one after the other.
 
-    `keys` names each row's file, size and time of change; `reasons` says why it has no embedding, "" where it has.
+    `keys` names each row's file, size and time of change; `reasons` says why its bytes give no embedding, "" where they
+    do. Rows whose file the machine could not give, or only for now, have no key: whoever needs it tries again.
     """
 
     def __init__(self, folder: Path):
         parts = sorted(folder.glob("[0-9]*"))
         index = pd.concat(
-            [pd.DataFrame({"key": [], "reason": []}, dtype="str")]
-            + [pd.read_parquet(part / "files.parquet") for part in parts],
-            ignore_index=True,
+            [pd.DataFrame({"key": [], "unreadable": []}, dtype="str"), *map(_index, parts)], ignore_index=True
         )
         self.digest = folder.name
-        self.keys = index["key"].drop_duplicates()
-        self.reasons = index["reason"].to_numpy()
+        self.keys = index["key"][index["key"] != ""].drop_duplicates()
+        self.reasons = index["unreadable"].to_numpy()
         self._parts = [np.load(part / "embeddings.npy", mmap_mode="r") for part in parts]
         self._starts = np.cumsum([0, *map(len, self._parts)])
 
@@ -54,7 +54,7 @@ class Store:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings (B, D) float32 of these rows (B,)."""
         places = np.searchsorted(self._starts, rows, side="right") - 1
-        taken = np.empty((len(rows), self._parts[0].shape[1]), dtype=np.float32)
+        taken = np.empty((len(rows), self._parts[0].shape[1] if self._parts else 0), dtype=np.float32)
         for place in np.unique(places):
             here = places == place
             taken[here] = self._parts[place][rows[here] - self._starts[place]]
@@ -90,7 +90,8 @@ class Features:
 def compute(model: Recogniser, images: Images, folder: str | Path, precision: str = "fp32") -> Features:
     """The features of `images`, from the cache in `folder` or computed into it now.
 
-    A file is embedded once however many rows it has. Raises CorruptImages as `Images` does.
+    A file is embedded once however many rows it has. What its bytes say against it is kept as well; what else kept it
+    from being read is tried again next time. Raises CorruptImages as `Images` does.
     """
     assert images.augment == "none", "an augmented image has no one embedding"
     codes, files = pd.factorize(np.array(images.paths, dtype=object))
@@ -98,20 +99,25 @@ def compute(model: Recogniser, images: Images, folder: str | Path, precision: st
     home = Path(folder) / _digest(model, images, precision)
     home.mkdir(parents=True, exist_ok=True)
     store = Store(home)
+    passing: dict[int, str] = {}  # file -> why it could not be read just now
     if (store.rows(keys) < 0).any():
-        with (home / "lock").open("w") as lock:  # another process may be at the same work: then wait for what it does
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(home / "lock", "embeddings"):  # another process may be at the same work: then wait for what it does
             store = Store(home)
             missing = np.flatnonzero(store.rows(keys) < 0)
             if len(missing):
                 source = images.replace(files[missing].tolist())
                 source.max_corrupt_share *= len(images.paths) / len(missing)
                 _fill(model, source, keys[missing], home, precision)
+                passing = {int(missing[row]): source.corrupt[row] for row in source.passing}
                 store = Store(home)
-    places = store.rows(keys)[codes]
-    reasons = store.reasons[places]
+
+    places = store.rows(keys)
+    reasons = np.append(store.reasons, "")[places]  # -1 is where there is none
+    reasons[list(passing)] = list(passing.values())
+    reasons = reasons[codes]
+    images.passing |= set(np.flatnonzero(np.isin(codes, list(passing))).tolist())
     images.note_corrupt({int(row): reasons[row] for row in np.flatnonzero(reasons != "")})
-    return Features(images, store, places)
+    return Features(images, store, places[codes])
 
 
 @torch.inference_mode()
@@ -119,27 +125,43 @@ def _fill(model: Recogniser, images: Images, keys: pd.Series, home: Path, precis
     partial = home / f"partial-{hashlib.sha256(chr(10).join(keys).encode()).hexdigest()[:16]}"
     partial.mkdir(exist_ok=True)
     note = partial / "done.json"
-    state: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {"done": 0, "corrupt": {}}
-    images.corrupt = {int(row): reason for row, reason in state["corrupt"].items()}
+    state: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {"done": 0, "corrupt": []}
     total, done = len(images.paths), state["done"]
     shape = (total, model.width)
     store = np.lib.format.open_memmap(partial / "embeddings.npy", "r+" if done else "w+", np.float32, shape)
+
+    # What could not be read before the interruption may be readable by now.
+    left = np.concatenate([np.array([int(row) for row in state["corrupt"]], dtype=np.int64), np.arange(done, total)])
+    chunks = [left[start : start + BATCH_SIZE] for start in range(0, len(left), BATCH_SIZE)]
     model.eval()
-    chunks = [np.arange(start, min(start + BATCH_SIZE, total)) for start in range(done, total, BATCH_SIZE)]
-    with progress(total=total, initial=done, desc="embedding", unit="img") as bar:
+    with progress(total=total, initial=total - len(left), desc="embedding", unit="img") as bar:
         for number, (batch, rows) in enumerate(images.batches(chunks)):
             with autocast(model.device, precision):
                 store[rows] = model.embed(batch.to(model.device, non_blocking=True)).float().cpu().numpy()
             bar.update(len(chunks[number]))
+            done = max(done, int(chunks[number][-1]) + 1)
             if number % SAVE_EVERY == SAVE_EVERY - 1:
                 store.flush()
                 with replacing(note) as path:
-                    path.write_text(json.dumps({"done": int(chunks[number][-1]) + 1, "corrupt": images.corrupt}))
+                    path.write_text(json.dumps({"done": done, "corrupt": list(images.corrupt)}))
     store.flush()
+
+    keys = keys.reset_index(drop=True).where(~np.isin(np.arange(total), list(images.passing)), "")
+    if not keys.any():
+        shutil.rmtree(partial)
+        return
     reasons = [images.corrupt.get(row, "") for row in range(total)]
-    pd.DataFrame({"key": keys, "reason": reasons}, dtype="str").to_parquet(partial / "files.parquet", index=False)
+    pd.DataFrame({"key": keys, "unreadable": reasons}, dtype="str").to_parquet(partial / "files.parquet", index=False)
     note.unlink(missing_ok=True)
     partial.rename(home / f"{len(list(home.glob('[0-9]*'))):05d}")
+
+
+def _index(part: Path) -> pd.DataFrame:
+    index = pd.read_parquet(part / "files.parquet")
+    if "unreadable" in index:
+        return index
+    # Parts of before did not tell what the bytes say from what the machine does: all that had a reason is tried again.
+    return pd.DataFrame({"key": index["key"].where(index["reason"] == "", ""), "unreadable": ""}, dtype="str")
 
 
 def _digest(model: Recogniser, images: Images, precision: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from aliprod import InputError
+from aliprod import InputError, csvfile
 
 if TYPE_CHECKING:
     from aliprod.model import Saved
@@ -187,7 +187,7 @@ class Gallery:
         numbers = {"noise": torch.tensor(self.noise), "scale": torch.tensor(self.scale)}
         tensors = {name: getattr(self, name) for name in ("center", "whitening", "means", "counts", "places")}
         save_file(tensors | numbers, folder / "gallery.safetensors")
-        self.enrolled.to_csv(folder / "enrolled.csv", index=False)
+        csvfile.write(self.enrolled, folder / "enrolled.csv")
         (folder / "gallery.faiss").unlink(missing_ok=True)
         if len(self.classes) > self.exact:
             self.index(torch.device("cpu")).save(folder / "gallery.faiss")
@@ -199,7 +199,7 @@ class Gallery:
             return None
         tensors: dict[str, Any] = load_file(folder / "gallery.safetensors")
         tensors |= {name: tensors[name].item() for name in ("noise", "scale")}
-        enrolled = pd.read_csv(folder / "enrolled.csv", dtype="str", keep_default_na=False)
+        enrolled = csvfile.read(folder / "enrolled.csv", ENROLLED)
         return Gallery(**tensors, trained=trained, enrolled=enrolled, folder=folder)
 
 

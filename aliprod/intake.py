@@ -1,6 +1,7 @@
 """What a request hands over as images, turned into the bytes of image files or the reasons why there are none.
 
-An image is bytes, base64 text or, of hosts that are allowed, a URL. What is wrong with one does not touch the others.
+An image is bytes, base64 text, a data: URI or, of hosts that are allowed, a URL. What is wrong with one does not touch
+the others.
 """
 
 import base64
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from ipaddress import ip_address
 from typing import Any, Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, unquote_to_bytes, urlsplit
 
 from aliprod import InputError
-from aliprod.images import MAX_PIXELS
+from aliprod.images import MAX_PIXELS, limit
 
 FETCHES = 16  # at a time, a request
+URL_SAFE = str.maketrans("-_", "+/")  # base64's other alphabet -> its usual one
 PATIENCE = 10.0  # seconds for one fetch
 
 
@@ -36,12 +38,10 @@ class Limits:
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Self:
         """What the environment sets, the hosts separated by spaces. InputError on what is no whole number above 0."""
-        numbers = {}
-        for field in ("max_images", "max_bytes", "max_pixels"):
-            if text := environment.get(name := f"ALIPROD_{field.upper()}"):
-                if not text.isdecimal() or not int(text):
-                    raise InputError(f"{name} {text!r}: must be a whole number above 0")
-                numbers[field] = int(text)
+        numbers = {
+            field: limit(f"ALIPROD_{field.upper()}", getattr(cls, field), environment)
+            for field in ("max_images", "max_bytes", "max_pixels")
+        }
         return cls(**numbers, url_hosts=frozenset(environment.get("ALIPROD_URL_HOSTS", "").lower().split()))
 
     def take(self, images: Sequence[Any]) -> tuple[list[bytes], dict[int, str]]:
@@ -61,8 +61,7 @@ class Limits:
             if _is_url(image):
                 return self._fetch(urlsplit(image))
             if isinstance(image, str):
-                self._check(len(image) * 3 // 4 - 2)  # before room is made for it
-                image = base64.b64decode("".join(image.split()), validate=True)
+                image = self._text(image)
             if not isinstance(image, bytes | bytearray):
                 raise InputError(f"no image: give base64 text, not {type(image).__name__}")
             self._check(len(image))
@@ -75,6 +74,18 @@ class Limits:
             return f"the URL cannot be fetched: {error}"
         except ValueError as error:
             return f"{'not a URL' if _is_url(image) else 'neither base64 nor a URL'}: {error}"
+
+    def _text(self, image: str) -> bytes:
+        """What base64 or a data: URI stands for."""
+        about, comma, text = image.strip().partition(",") if _is_data(image) else (";base64", ",", image)
+        if not comma:
+            raise InputError("a data: URI without a comma, after which its data begin")
+        coded = about.replace(" ", "").lower().endswith(";base64")
+        size = len(text) - 2 * text.count("%")
+        self._check(size * 3 // 4 - 2 if coded else size)  # before room is made for it
+        if not coded:
+            return unquote_to_bytes(text)
+        return base64.b64decode("".join(unquote(text).split()).translate(URL_SAFE), validate=True)
 
     def _check(self, size: int) -> None:
         if size > self.max_bytes:
@@ -132,6 +143,10 @@ class Limits:
         if answer.length:
             raise HTTPException(f"{answer.length} bytes are missing at its end")
         return bytes(data)
+
+
+def _is_data(image: str) -> bool:
+    return image.lstrip()[:5].lower() == "data:"
 
 
 def _is_url(image: Any) -> bool:

@@ -5,18 +5,14 @@ since image ids repeat across splits. Everything is vectorised: 2.5 million rows
 """
 
 import hashlib
-import io
 import os
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.csv
 
-from aliprod import InputError
-from aliprod.atomic import replacing
+from aliprod import InputError, csvfile, textfile
 
 COLUMNS = ["split", "class_id", "image_id"]
 
@@ -34,34 +30,35 @@ def read_json(path: str | Path) -> pd.DataFrame:
     """Reads `<split>.json` of a data folder: {"images": [{"class_id": "00012", "image_id": "x.jpg"}, ...]}.
 
     Returns a table with columns split, class_id, image_id, in the file's order. InputError names the file
-    and the record: not JSON, an id that is no string, a name that leaves its folder, a photograph listed twice.
+    and the record: not JSON, an id that is no string, a name that leaves its folder, a key or a photograph that
+    stands there twice.
     """
     path = Path(path)
+    data = textfile.utf8(path)
     try:
-        images = msgspec.json.decode(path.read_bytes(), type=_Split).images
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        images = msgspec.json.decode(data, type=_Split).images
+        class_ids, image_ids = [image.class_id for image in images], [image.image_id for image in images]
+        _refuse_twice(path, data, {"images": 1, "class_id": sum(map(bool, class_ids)), "image_id": len(images)})
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        textfile.refuse_other_encodings(path, data)
         raise InputError(f"{path}: {error}") from None
-    table = pd.DataFrame(
-        {
-            "class_id": pd.array([image.class_id for image in images], dtype="str"),
-            "image_id": pd.array([image.image_id for image in images], dtype="str"),
-        }
-    )
+
+    table = pd.DataFrame({"class_id": pd.array(class_ids, dtype="str"), "image_id": pd.array(image_ids, dtype="str")})
     table.insert(0, "split", pd.array([path.stem] * len(table), dtype="str"))
     _refuse(path, table, table.duplicated(), "this photograph is listed twice")
     return _checked(path, table)
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
-    """Reads a table written by `write_csv`. InputError names the file and what is wrong with it."""
-    return _checked(Path(path), _strings(path, COLUMNS))
+    """Reads a table written by csvfile.write. InputError names the file and what is wrong with it."""
+    return _checked(Path(path), csvfile.read(path, COLUMNS, by_hand=True))
 
 
 def read_files(path: str | Path, needed: tuple[str, ...] = (), perhaps: tuple[str, ...] = ()) -> pd.DataFrame:
     """Reads a CSV of photographs wherever they are: file, relative to where the CSV lies, and the columns `needed`, in
     which no row may be blank; those of `perhaps` that are not there are "". InputError as of `read_csv`."""
     path = Path(path)
-    table = _strings(path, ["file", *needed], perhaps)
+    table = csvfile.read(path, ["file", *needed], perhaps, by_hand=True)
     if table.empty:
         raise InputError(f"{path}: it lists no photographs")
     for column in ("file", *needed):
@@ -69,15 +66,9 @@ def read_files(path: str | Path, needed: tuple[str, ...] = (), perhaps: tuple[st
     return table.assign(file=[str(path.parent / file) for file in table["file"]])
 
 
-def write_csv(table: pd.DataFrame, path: str | Path) -> None:
-    """Writes any table as CSV, beside the target first, so that no half-written file is ever seen."""
-    with replacing(Path(path)) as beside:
-        beside.write_bytes(_csv_bytes(table))
-
-
 def digest(table: pd.DataFrame) -> str:
-    """First 16 hex digits of the SHA-256 of the table as `write_csv` writes it (compare `sha256sum x.csv`)."""
-    return hashlib.sha256(_csv_bytes(table)).hexdigest()[:16]
+    """First 16 hex digits of the SHA-256 of the table as csvfile.write writes it (compare `sha256sum x.csv`)."""
+    return hashlib.sha256(csvfile.to_bytes(table)).hexdigest()[:16]
 
 
 def read(data: str | Path, name: str, seed: int = 0) -> pd.DataFrame:
@@ -137,7 +128,7 @@ def select_quantile(table: pd.DataFrame, low: float, high: float) -> pd.DataFram
 
 def select_listed(table: pd.DataFrame, path: str | Path, min_confidence: float) -> pd.DataFrame:
     """Rows of the classes that a select list (a CSV with class_id, confidence) gives at least this confidence."""
-    listed = _strings(path, ["class_id", "confidence"])
+    listed = csvfile.read(path, ["class_id", "confidence"], by_hand=True)
     confidence = pd.to_numeric(listed["confidence"], errors="coerce")
     _refuse(Path(path), listed, confidence.isna(), "confidence must be a number")
     sure = listed.loc[confidence >= min_confidence, "class_id"]
@@ -169,28 +160,12 @@ def paths(table: pd.DataFrame, data: str | Path) -> list[str]:
     return (folders + table["image_id"]).tolist()
 
 
-def _csv_bytes(table: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    options = pa.csv.WriteOptions(quoting_style="needed")
-    pa.csv.write_csv(pa.Table.from_pandas(table, preserve_index=False), buffer, options)
-    return buffer.getvalue()
-
-
-def _strings(path: str | Path, needed: list[str], perhaps: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Columns of a CSV as they are written; those of `perhaps` that are not there are ""."""
-    columns = [*needed, *perhaps]
-    try:
-        table = pa.csv.read_csv(
-            path, convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))
-        ).to_pandas()
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a CSV table: {error}") from None
-    if missing := [column for column in needed if column not in table]:
-        raise InputError(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}")
-    table = table[[column for column in columns if column in table]]
-    if table.columns.has_duplicates:
-        raise InputError(f"{path}: column {table.columns[table.columns.duplicated()][0]} is there twice")
-    return table.reindex(columns=columns, fill_value="").astype("str")
+def _refuse_twice(path: Path, data: bytes, expected: dict[str, int]) -> None:
+    """InputError if a key stands twice in one object. Of such the decoder takes the last; reading again in a way that
+    shows it costs several times as much, so that is only done where a key stands there more often than `expected`."""
+    escaped = rb"\u00" in data  # as letters of a key could be written
+    if escaped or any(data.count(f'"{key}"'.encode()) > count for key, count in expected.items()):
+        textfile.refuse_twice(path, data, tuple(expected))
 
 
 def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:

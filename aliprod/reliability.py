@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch.nn.utils import parametrize
 
 from aliprod import calibration, manifest, metrics
 from aliprod.features import BATCH_SIZE, Features
+from aliprod.lettering import Figure
 from aliprod.model import Recogniser, autocast
 
 FITTED = 20_000  # photographs, drawn by chance, that temperatures are fitted on at most

@@ -3,7 +3,6 @@
 Parents stand before their children, so one pass over the arrays in order visits the tree from its roots.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aliprod import InputError
+from aliprod import InputError, csvfile, textfile
 
 _FORMATS = (
     'nested nodes [{"name": ..., "children": [...]} or {"name": ..., "class_id": ...}], '
@@ -137,13 +136,13 @@ def read(path: str | Path) -> Taxonomy:
     """
     path = Path(path)
     try:
-        nodes = _rows(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        tree = textfile.read_json(path)
     except RecursionError:
         raise InputError(f"{path}: nested too deeply to be read; edges and paths may have any depth") from None
+    try:
+        nodes = _rows(tree)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     leaves = pd.Series([class_id for _, _, class_id in nodes if class_id])
     if (twice := leaves[leaves.duplicated()]).size:
         raise InputError(f"{path}: class_id {twice.iloc[0]!r} stands at more than one place in the tree")
@@ -152,9 +151,8 @@ def read(path: str | Path) -> Taxonomy:
 
 def read_csv(path: str | Path) -> Taxonomy:
     """Reads the table that `Taxonomy.to_frame` gives."""
-    types = {"name": "str", "parent": "int32", "class_id": "str"}
-    table = pd.read_csv(path, dtype=types, keep_default_na=False)
-    return Taxonomy(*(table[column].to_numpy() for column in ("name", "parent", "class_id")))
+    table = csvfile.read(path, ["name", "parent", "class_id"])
+    return Taxonomy(table["name"].to_numpy(), table["parent"].astype("int32").to_numpy(), table["class_id"].to_numpy())
 
 
 Row = tuple[str, int, str]  # name, parent's row, class_id
@@ -163,13 +161,6 @@ Row = tuple[str, int, str]  # name, parent's row, class_id
 def _arrays(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     names, parents, class_ids = zip(*rows, strict=True)
     return np.array(names, dtype=object), np.array(parents, dtype=np.int32), np.array(class_ids, dtype=object)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(table := dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise InputError(f"{next(key for key in table if keys.count(key) > 1)!r} stands more than once in one object")
-    return table
 
 
 def _rows(tree: Any) -> list[Row]:

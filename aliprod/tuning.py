@@ -22,7 +22,7 @@ from optuna import exceptions, pruners, samplers, storages
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from aliprod import InputError, recipe, training
+from aliprod import InputError, first_line, recipe, training
 from aliprod.material import Material
 from aliprod.recipe import Round
 from aliprod.space import Tuning
@@ -152,7 +152,7 @@ def _storage(url: str) -> storages.RDBStorage:
     for attempt in range(5):
         try:
             storage = storages.RDBStorage(
-                url,
+                url.replace("{", "{{").replace("}", "}}"),  # which Optuna would fill in
                 engine_kwargs={"connect_args": {"timeout": 60}} if lite else {"pool_pre_ping": True},
                 heartbeat_interval=HEARTBEAT,
                 grace_period=4 * HEARTBEAT,
@@ -161,7 +161,7 @@ def _storage(url: str) -> storages.RDBStorage:
             break
         except (SQLAlchemyError, exceptions.StorageInternalError) as error:
             if attempt == 4:
-                reason = str(error.__cause__ or error).splitlines()[0]
+                reason = first_line(error.__cause__ or error)
                 raise InputError(f"storage {url.rpartition('@')[2]}: {reason}") from None
             time.sleep(attempt + random.random())  # another worker may be making the tables
     if lite:  # or two workers could read that a trial waits before either takes it

@@ -1,7 +1,8 @@
-"""One measure for every round: how well its embeddings alone, without its head, tell all classes apart.
+"""What a promotion measures: embeddings alone, without their head, or answers as they are served; and what is chance.
 
-GAP and MAP of rounds over different classes cannot be compared; this can, on the same photographs. Embeddings are
-normalised, so the nearest is that of the highest cosine.
+GAP and MAP of rounds over different classes cannot be compared. How well embeddings tell all classes apart can, on the
+same photographs; so can answers, on the classes that both models know. Embeddings are normalised, so the nearest is
+that of the highest cosine.
 """
 
 from pathlib import Path
@@ -11,11 +12,23 @@ import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
-from aliprod import features, manifest, metrics
+from aliprod import features, gallery, manifest, metrics
 from aliprod.images import Images
-from aliprod.model import Recogniser
+from aliprod.model import Recogniser, Saved
+from aliprod.prediction import predict
 
 CHUNK = 16384  # embeddings of the gallery at a time
+
+
+def served(saved: Saved, table: pd.DataFrame, data: str | Path, cache: str | Path) -> pd.DataFrame:
+    """What a model that is served answers first to each photograph of `table`: its key and `answer`, a class id; those
+    it can read. As prediction.recognise answers: in fp32, calibrated, what is enrolled fused with the head."""
+    whole, fuse = gallery.answering(saved, "both")
+    images = Images(manifest.paths(table, data), None, saved.model.preprocessing)
+    source = features.compute(saved.model, images, cache, "fp32")
+    answers = predict(saved.model, source, top=1, temperature=saved.temperature, fuse=fuse)
+    keys = table.iloc[answers.index][manifest.COLUMNS].reset_index(drop=True)
+    return keys.assign(answer=whole.classes["class_id"].to_numpy()[answers["pred"]])
 
 
 @torch.inference_mode()
@@ -75,6 +88,20 @@ def scores(table: pd.DataFrame) -> dict[str, float]:
             "map": metrics.mean_class_accuracy(labels, table[kind].to_numpy()),
         }.items()
     }
+
+
+def chance(
+    labels: np.ndarray, answers: np.ndarray, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> float:
+    """The MAP up to which answers (N,) are hardly better than chance, for labels (N,) of the same photographs.
+
+    That is what the same answers reach, with `confidence`, given to the photographs in any order; and at least twice
+    their mean then, or 0.05 more where that is less, as many photographs make the smallest difference sure.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = [metrics.mean_class_accuracy(labels, rng.permutation(answers)) for _ in range(resamples)]
+    mean = float(np.mean(shuffled))
+    return max(float(np.quantile(shuffled, confidence)), min(2 * mean, mean + 0.05))
 
 
 def _normalised(source: features.Features, rows: np.ndarray, model: Recogniser) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
-from aliprod import assembly, manifest, metrics, optim, training
+from aliprod import assembly, csvfile, manifest, metrics, optim, training
 from aliprod.model import load_head
 from aliprod.recipe import Round
 from benchmarks.finetune import Task
@@ -64,7 +64,7 @@ def measure(data: Path, limit: int = 256) -> Iterator[str]:
     inits, races = dict.fromkeys(WAYS, "imagenet"), []
     with tempfile.TemporaryDirectory() as folder:
         chosen = Path(folder) / "train.csv"
-        manifest.write_csv(manifest.read(data, "train").sample(frac=1, random_state=0)[:limit], chosen)
+        csvfile.write(manifest.read(data, "train").sample(frac=1, random_state=0)[:limit], chosen)
         for row in ROUNDS:
             row = row.model_copy(update={"manifest": str(chosen), "batch_size": BATCH_SIZE})
             tables = assembly.tables(row, data)

@@ -2,19 +2,25 @@
 
 import argparse
 import inspect
+import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from pydantic import ValidationError, validate_call
+from pydantic import ConfigDict, Field, ValidationError, validate_call
 
-from aliprod import InputError, catalogue, interruption, streams
+from aliprod import InputError, catalogue, interruption, sharing, streams
 from entrypoints import places
-from tracking import copies, storage
+from tracking import copies, reach, storage
+
+if TYPE_CHECKING:
+    from aliprod.model import Saved
 
 RECIPES = Path(__file__).parent / "recipes"
+FINITE = ConfigDict(allow_inf_nan=False)
+Minutes = Annotated[float, Field(ge=0, le=366 * 24 * 60)]  # to stop after, a year at most; 0: never
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +42,7 @@ def command(main: Callable[..., None]) -> None:
 
 def _run(main: Callable[..., None]) -> None:
     interruption.raise_on_signals()
+    reach.prepare()
     parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
     parser.names = list(inspect.signature(main).parameters)
     parameters = inspect.signature(main).parameters
@@ -43,26 +50,52 @@ def _run(main: Callable[..., None]) -> None:
         required = parameter.default is inspect.Parameter.empty
         parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
     try:
-        given = vars(parser.parse_args())
+        if os.environ.get("MLFLOW_RUN_ID"):
+            from tracking import runs  # of MLflow, which takes a second to import
+
+            runs.claim(Path(sys.argv[0]).stem)
+        given = vars(parser.parse_args(_paired(sys.argv[1:], parser.names)))
         given = places.place(given, {name: parameter.annotation for name, parameter in parameters.items()})
         for name, parameter in parameters.items():
-            kind = typing.get_args(parameter.annotation) or (parameter.annotation,)
-            if kind[0] is Path and storage.is_address(given[name]):
-                raise InputError(f"{name} {given[name]!r}: must be on this machine; `upload` puts it there")
-        validate_call(main)(**given)
+            _check(name, given[name], parameter.annotation)
+        if "work" in given:
+            sharing.open_to_group(Path(given["work"]))
+        validate_call(config=FINITE)(main)(**given)
     except ValidationError as error:
         first = error.errors()[0]
         _exit(2, f"{first['loc'][0]} {first['input']!r}: {first['msg']}")
-    except (InputError, OSError) as error:
+    except InputError as error:
         _exit(2, str(error))
     except Exception as error:
-        from tracking.spool import away  # of MLflow, which takes a second to import and not every command needs
+        from tracking import runs  # not every command needs it
 
-        if not away(error):
+        line = runs.line(error)
+        if not runs.expected(error):
+            _note(1, line)
             raise
-        _exit(2, f"the tracking server does not answer: {str(error).splitlines()[0]}")
+        _exit(2, line)
     except KeyboardInterrupt as stop:
         _exit(130, f"stopped{stop}")
+
+
+def _paired(arguments: list[str], names: list[str]) -> list[str]:
+    """The command line with each value joined to its name, as values may begin with a dash: ids, files, numbers."""
+    joined, rest = [], iter(arguments)
+    for word in rest:
+        value = next(rest, None) if word.removeprefix("--") in names else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
+
+
+def _check(name: str, text: str | None, kind: Any) -> None:
+    """InputError if a parameter's value cannot be what it is for, whatever that is."""
+    if streams.plain(str(text)) != str(text) and name != "images":  # which are read whatever they are called
+        raise InputError(f"{name} {text!r}: must be UTF-8")
+    kind = (typing.get_args(kind) or (kind,))[0]
+    if kind is Path and not text:
+        raise InputError(f"{name} {text!r}: must be the path of a file or folder")
+    if kind is Path and storage.is_address(text):
+        raise InputError(f"{name} {text!r}: must be on this machine; `upload` puts it there")
 
 
 def refuse(why: str, **given: str) -> None:
@@ -95,6 +128,40 @@ def data_folder(data: str, work: Path) -> Path:
     return (work / "demo").resolve()
 
 
+def data_folder_of(saved: "Iterable[Saved]", data: str, work: Path) -> Path:
+    """The data folder for these models: `data` as of data_folder, or "", the one that they were trained on; says which.
+
+    InputError where they were trained on several, where nobody knows on which, and where the ids of their classes are
+    of other products in it.
+    """
+    from aliprod import assembly  # these take seconds: not every command needs them
+    from tracking import models
+
+    trained = [(models.trained_on(one), one.classes) for one in saved]
+    folders = sorted({folder for folder, _ in trained})
+    if not data and folders == [""]:
+        raise InputError("data: it is not known what the model was trained on; give a folder")
+    if not data and len(folders) > 1:
+        raise InputError(f"data: the models were trained on {', '.join(map(repr, folders))}; give one folder")
+    if not data and not Path(folders[0]).is_dir():
+        raise InputError(f"data: the model was trained on {folders[0]}, which is not here; give a folder")
+    folder = data_folder(data or folders[0], work)
+    for _, classes in trained:
+        assembly.refuse_other_products(classes, folder)
+    print(f"data:      {folder}" + " (what the model was trained on)" * (not data), flush=True)
+    return folder
+
+
 def _exit(status: int, line: str) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
+    line = reach.shown(" ".join(line.split()))
+    _note(status, line)
+    print(line, file=sys.stderr)
     sys.exit(status)
+
+
+def _note(status: int, line: str) -> None:
+    """Leaves the line with the run that `mlflow run` made, if it is open still."""
+    if os.environ.get("MLFLOW_RUN_ID"):
+        from tracking import runs
+
+        runs.close_unopened(line, "KILLED" if status == 130 else "FAILED")

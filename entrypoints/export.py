@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import PositiveFloat, PositiveInt
 
-from entrypoints.command import command, data_folder
+from entrypoints.command import command, data_folder_of
 from entrypoints.places import Within
 from tracking import models, runs
 
@@ -25,7 +25,7 @@ def main(
     from aliprod import export  # takes seconds: a mistake in the command line need not wait for it
 
     saved = models.load(model)
-    folder = data_folder(data, work) if data else None
+    folder = data_folder_of([saved], data, work) if data else None
     output.parent.mkdir(parents=True, exist_ok=True)
     with runs.start("export", work, {"model": model}) as run:
         files, scores = export.export(saved, output, folder, limit, tolerance)

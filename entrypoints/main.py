@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from aliprod import interruption, report
+from aliprod.parameters import paths
 from aliprod.recipe import override, read, scaled
-from entrypoints.command import command, data_folder, recipe_path
+from entrypoints.command import Minutes, command, data_folder, recipe_path
 from tracking import copies, origin, pipeline, runs
 
 
-def main(recipe: str, data: str, scale: float, overrides: str, promote: bool, minutes: float, work: Path) -> None:
+def main(recipe: str, data: str, scale: float, overrides: str, promote: bool, minutes: Minutes, work: Path) -> None:
     """recipe: names or .toml files, in their order; data: a folder, or demo; scale: the data's size, as a share of the
     competition's 2.5 million photographs, to which classes, batches and epochs are fitted (1: as written); overrides:
     fields of every round, as "lr=3e-4 epochs=2"; promote: whether the best extractor is offered to the registry in the
@@ -22,7 +23,7 @@ def main(recipe: str, data: str, scale: float, overrides: str, promote: bool, mi
                 "cleanings": tuple(copies.tables_here(row, work) for row in recipe.cleanings),
             }
         )
-        for recipe in map(read, map(recipe_path, recipe.split()))
+        for recipe in map(read, map(recipe_path, paths("recipe", recipe)))
     ]
     folder = data_folder(data, work)
     with runs.start("+".join(recipe.name for recipe in recipes), work) as parent:

@@ -3,15 +3,13 @@
 import dataclasses
 import os
 import re
-import shlex
 import typing
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from aliprod import InputError, surroundings
-from aliprod.streams import plain
+from aliprod import InputError, parameters, surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = "ALIPROD_WORK"  # the variable that says where `work` is
@@ -82,32 +80,17 @@ def place(values: dict[str, Any], annotations: dict[str, Any]) -> dict[str, Any]
         if within and values[name] == "":
             values[name] = str(Path(values.get("work") or work(), within.name))
 
-    _refuse_undecodable(values)
     if fetched_from():
         _refuse_relative(values)
     return values
 
 
-def _refuse_undecodable(values: dict[str, Any]) -> None:
-    """Only photographs are read from whatever path: other names go into tables and to the tracking server."""
-    for name, value in values.items():
-        if name != "images" and plain(str(value)) != str(value):
-            raise InputError(f"{name} '{plain(str(value))}': is not UTF-8; give it another name")
-
-
 def _refuse_relative(values: dict[str, Any]) -> None:
-    fields = re.findall(r"(\w+)=(\S+)", str(values.get("overrides", "")))
-    for name, value in [(name, str(value)) for name, value in [*values.items(), *fields] if name in PATHS]:
-        for word in _words(value) if name in SEVERAL and not Path(value).exists() else [value]:
+    fields = parameters.fields("overrides", values.get("overrides") or "")
+    for name, value in [(name, value) for name, value in [*values.items(), *fields.items()] if name in PATHS and value]:
+        for word in parameters.paths(name, value) if name in SEVERAL else [str(value)]:
             if not (Path(word).is_absolute() or re.match(r"\w+:/", word) or re.fullmatch(PATHS[name], word)):
                 raise InputError(
                     f"{name} {word!r}: give the path in full; a relative one starts at {ROOT}, "
                     f"where MLflow fetched {fetched_from()} for this run alone"
                 )
-
-
-def _words(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError:  # an open quote, of which the parameter's own check says more
-        return [text]

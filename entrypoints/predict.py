@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from aliprod import csvfile
 from aliprod.assembly import device
-from aliprod.manifest import write_csv
 from aliprod.prediction import image_files, recognise, wide
 from entrypoints.command import command
 from entrypoints.places import Within
@@ -27,7 +27,7 @@ def main(
     with runs.start("predict", work, {"model": model}) as run:
         table = wide(files, recognise(saved, files, top, sure, using))
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(table, output)
+        csvfile.write(table, output)
         run.table(table, "predictions.csv")
     print(table.head(50).to_string(max_colwidth=40, float_format="%.3f", index=False))
     print(f"{len(table)} images, {(table['error'] != '').sum()} of them unreadable: {output.resolve()}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import NonNegativeInt
 
-from aliprod import manifest, taxonomy
+from aliprod import csvfile, manifest, taxonomy
 from entrypoints.command import command, data_folder
 from entrypoints.places import Within
 from tracking import runs
@@ -16,17 +16,18 @@ def main(data: str, output: Annotated[Path, Within("tables")], seed: NonNegative
     folder for the tables; seed: of the choice that balances; work: for what waits to be sent."""
     folder = data_folder(data, work)
     splits = [split for split in ("train", "val", "test") if split != "test" or (folder / "test.json").exists()]
-    tables = {split: manifest.read(folder, split) for split in splits}
-    tables["balanced_train"] = manifest.balance(tables["train"], seed)
+    manifests = {split: manifest.read(folder, split) for split in splits}
+    manifests["balanced_train"] = manifest.balance(manifests["train"], seed)
     tree = folder / "product_tree.json"
     output.mkdir(parents=True, exist_ok=True)
-    with runs.start("prepare", work, {f"{name}": manifest.digest(table) for name, table in tables.items()}) as run:
-        for name, table in tables.items():
+    trees = {"product_tree": taxonomy.read(tree).to_frame()} if tree.exists() else {}
+
+    with runs.start("prepare", work, {name: manifest.digest(table) for name, table in manifests.items()}) as run:
+        for name, table in manifests.items():
             run.dataset(table, str(folder), name, name)
-        for name, table in (
-            tables | ({"product_tree": taxonomy.read(tree).to_frame()} if tree.exists() else {})
-        ).items():
-            manifest.write_csv(table, output / f"{name}.csv")
+
+        for name, table in (manifests | trees).items():
+            csvfile.write(table, output / f"{name}.csv")
             run.table(table, f"{name}.csv")
             classes = table["class_id"].nunique() - (name == "product_tree")
             print(f"{output / name}.csv: {len(table)} rows, {classes} classes")

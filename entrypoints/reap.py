@@ -5,12 +5,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from entrypoints.command import command
+from entrypoints.command import Minutes, command
 from tracking import reaping
 from tracking.spool import send_waiting
 
 
-def main(minutes: Annotated[float, Field(gt=0)], experiment: str, dry_run: bool, work: Path) -> None:
+def main(minutes: Annotated[Minutes, Field(gt=0)], experiment: str, dry_run: bool, work: Path) -> None:
     """minutes: of silence after which a run counts as dead; experiment: its name, or all; dry_run: only list them;
     work: the folder of the runs of this machine, whose waiting records are sent first."""
     if not dry_run:

@@ -1,12 +1,13 @@
 """Searches the space of a round's [[tune]] table, alone or together with other workers, and writes the best round."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import NonNegativeInt
+from pydantic import Field
 
 from aliprod import interruption
 from aliprod.recipe import read
-from entrypoints.command import command, data_folder, recipe_path
+from entrypoints.command import Minutes, command, data_folder, recipe_path
 from tracking import origin, studies
 
 
@@ -20,8 +21,8 @@ def main(
     sampler: str,
     pruner: str,
     overrides: str,
-    minutes: float,
-    seed: NonNegativeInt,
+    minutes: Minutes,
+    seed: Annotated[int, Field(ge=0, lt=2**32)],
     work: Path,
 ) -> None:
     """recipe: a name or a .toml file; round: of it, else the first with a [[tune]] table; data: a folder, or demo;

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from aliprod import InputError
-from aliprod.prediction import image_files, words
+from aliprod.parameters import words
+from aliprod.prediction import image_files
 from entrypoints.command import command
 from tracking import enrolments, runs
 

@@ -16,8 +16,10 @@ import pytest
 from mlflow import MlflowClient
 
 from aliprod import catalogue, recipe
+from tracking import reach
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+reach.prepare()
 
 ROOT = Path(__file__).parents[1]
 GROCERY = ROOT.parent / "shared" / "data" / "grocery"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from aliprod import assembly, manifest, model, recipe
+from aliprod import InputError, assembly, manifest, model, recipe
 from entrypoints import clean, evaluate, predict, prepare, send, train
 from entrypoints.command import command
 from tracking import models
@@ -134,25 +134,72 @@ def test_cleaning_writes_a_manifest_that_trains(tiny, shop, store, tmp_path, rul
     assert store.search_runs(["1"])[0].data.params["num_train"] == str(len(after))
 
 
+def stopped(command: list[str], number: int, work: Path, **options: object) -> tuple[int, str]:
+    """Exit status and last line of a command that gets a signal when its first checkpoint is there."""
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    while process.poll() is None and not list(work.glob("runs/*/checkpoints/step-*")):
+        time.sleep(0.02)
+    os.killpg(process.pid, number)  # as a terminal does it
+    said = process.communicate(timeout=60)[1].strip().splitlines()[-1]
+    return process.returncode, said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny, shop, store, tmp_path, number):
-    given = arguments(recipe=tiny, data=shop, work=tmp_path / "work", overrides="epochs=15")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "entrypoints.train", *options(**given)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not list(tmp_path.glob("work/runs/*/checkpoints/step-*")):
-        time.sleep(0.02)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[1].strip().splitlines()[-1]
-    assert process.returncode == 130
-    (killed,) = store.search_runs(["1"])
-    assert killed.info.status == "KILLED"
-    command = f"mlflow run . -e train --env-manager local -P resume={killed.info.run_id} -P work={tmp_path / 'work'}"
-    assert said.endswith(command)
-    train.main(**arguments(resume=killed.info.run_id, work=tmp_path / "work"))
-    resumed = store.search_runs(["1"])[0]
+    work = tmp_path / "my work"
+    given = options(**arguments(recipe=tiny, data=shop, work=work, overrides="epochs=15"))
+    environment = os.environ | {"MLFLOW_EXPERIMENT_NAME": "shop"}
+    status, said = stopped([sys.executable, "-m", "entrypoints.train", *given], number, work, env=environment)
+    assert status == 130
+    experiment = store.get_experiment_by_name("shop").experiment_id
+    (killed,) = store.search_runs([experiment])
+    assert killed.info.status == "KILLED" and killed.data.tags["mlflow.note.content"] == said
+    command = f"mlflow run . -e train --env-manager local --experiment-name shop -P resume={killed.info.run_id}"
+    assert said == f"stopped; go on with: {command} -P 'work={work}'"
+    train.main(**arguments(resume=killed.info.run_id, work=work))
+    resumed = store.search_runs([experiment])[0]
     assert resumed.info.status == "FINISHED" and resumed.data.tags["aliprod.resumed_from"] == killed.info.run_id
     assert [metric.step for metric in store.get_metric_history(resumed.info.run_id, "val/map")] == list(range(1, 16))
+
+
+def test_a_run_goes_on_where_its_data_and_work_lie_by_now(tiny, shop, store, tmp_path):
+    shutil.copytree(shop, tmp_path / "data")
+    given = options(**arguments(recipe=tiny, data=tmp_path / "data", work=tmp_path / "work", overrides="epochs=15"))
+    command = [sys.executable, "-m", "entrypoints.train", *given]
+    assert stopped(command, signal.SIGHUP, tmp_path / "work")[0] == 130
+    (killed,) = store.search_runs(["1"])
+    assert killed.info.status == "KILLED"
+    (tmp_path / "data").rename(tmp_path / "data now")
+    (tmp_path / "work").rename(tmp_path / "work now")
+    given = arguments(resume=killed.info.run_id, work=tmp_path / "work now")
+    with pytest.raises(InputError, match="its data is no more at .*/data; give data, where it is now"):
+        train.main(**given)
+    shutil.copytree(tmp_path / "data now", tmp_path / "other")
+    images = json.loads((shop / "val.json").read_text())["images"]
+    (tmp_path / "other" / "val.json").write_text(json.dumps({"images": images[1:]}))
+    with pytest.raises(InputError, match="data '.*/other': val not as in the run to resume"):
+        train.main(**given | {"data": str(tmp_path / "other")})
+    train.main(**given | {"data": str(tmp_path / "data now")})
+    resumed = store.search_runs(["1"])[0]
+    assert resumed.info.status == "FINISHED" and resumed.data.tags["aliprod.resumed_from"] == killed.info.run_id
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_a_project_run_and_its_last_line_can_be_pasted(tiny, shop, store, tmp_path):
+    work = tmp_path / "my work"
+    pairs = {"recipe": tiny, "data": shop, "work": work, "overrides": "epochs=15"}
+    words = [word for name, value in pairs.items() for word in ("-P", f"{name}={value}")]
+    command = ["run", str(ROOT), "-e", "train", "--env-manager", "local", "--experiment-name", "my shop", *words]
+    stopped([sys.executable, "-m", "mlflow", *command], signal.SIGINT, work)
+    experiment = store.get_experiment_by_name("my shop").experiment_id
+    (killed,) = store.search_runs([experiment])
+    assert killed.info.status == "KILLED"
+    _, _, pasted = killed.data.tags["mlflow.note.content"].partition("go on with: ")
+    place = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", pasted], check=True, cwd=ROOT, env=os.environ | place)
+    resumed, _ = store.search_runs([experiment])
+    assert resumed.info.status == "FINISHED" and resumed.data.tags["aliprod.resumed_from"] == killed.info.run_id
+    assert not store.search_runs(["0"])
 
 
 def test_a_time_limit_stops_cleanly(tiny, shop, store):

@@ -365,7 +365,7 @@ def test_photographs_that_cannot_be_read_are_named_and_left_out(shop_, tmp_path)
     (tmp_path / "bad.jpg").write_bytes(b"not an image")
     bad = pd.DataFrame({"file": [str(tmp_path / "bad.jpg"), "nowhere.jpg"], "class_id": "new", "name": "", "path": ""})
     gallery, table = enrolment.enroll(saved, pd.concat([bad, photographs]))
-    assert table["outcome"].tolist()[:2] == ["not an image", "No such file or directory"]
+    assert table["outcome"].tolist()[:2] == ["not an image but text", "No such file or directory"]
     assert gallery.classes["class_id"].tolist()[6:] == [HELD[0]]
     with pytest.raises(InputError, match="none of the 2 photographs can be read; .*bad.jpg: not an image"):
         enrolment.enroll(saved, bad)

@@ -104,7 +104,12 @@ def test_the_readme_has_every_parameter_and_its_default(name):
 
 
 def test_every_import_is_in_the_one_list_of_dependencies():
-    distributions = {"cv2": "opencv-python", "PIL": "pillow", "imgaug": "imaug", "mpl_toolkits": "matplotlib"}
+    distributions = {
+        "cv2": "opencv-python-headless",
+        "PIL": "pillow",
+        "imgaug": "sindre-imgaug",
+        "mpl_toolkits": "matplotlib",
+    }
     distributions |= {"faiss": "faiss-cpu"}
     environment = yaml.safe_load((ROOT / "conda.yaml").read_text())
     listed = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))

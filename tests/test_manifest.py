@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aliprod import InputError, enrolment, manifest, prediction
+from aliprod import InputError, csvfile, enrolment, manifest, parameters, prediction
 
 GOOD = {"class_id": "00012", "image_id": "a.jpg"}
 HEADER = b"split,class_id,image_id\n"
@@ -77,7 +77,7 @@ def test_json_becomes_a_table_of_strings_in_the_order_of_the_file(tmp_path):
         (images(GOOD, {"class_id": "1", "image_id": ""}), "record 1 (class_id '1', image_id ''): image_id is missing"),
         (images(GOOD, {"image_id": "b.jpg"}), "record 1 (class_id '', image_id 'b.jpg'): class_id is missing"),
         (images(GOOD, {**GOOD, "image_id": "b"}, GOOD), "record 2 (class_id '00012', image_id 'a.jpg'): this photogr"),
-        (b'{"images": [{"class_id": "\xff", "image_id": "x"}]}', "'utf-8' codec can't decode byte 0xff"),
+        (b'{"images": [{"class_id": "\xff", "image_id": "x"}]}', "line 1: byte 0xff is not UTF-8; save it as"),
     ],
 )
 def test_a_wrong_list_is_refused_naming_file_and_record(tmp_path, text, words):
@@ -93,7 +93,7 @@ def test_names_that_leave_their_folder_are_refused(tmp_path, column, name):
     record = GOOD | {column: name}
     (tmp_path / "train.json").write_text(images(GOOD, record))
     table = pd.DataFrame([{"split": "train", **GOOD}, {"split": "train", **record}])
-    manifest.write_csv(table, tmp_path / "train.csv")
+    csvfile.write(table, tmp_path / "train.csv")
     for read, file in ((manifest.read_json, "train.json"), (manifest.read_csv, "train.csv")):
         with pytest.raises(InputError, match=rf"{file}: record 1 \(.*: {column} must be a plain name") as caught:
             read(tmp_path / file)
@@ -110,7 +110,7 @@ def test_test_json_needs_no_classes(tmp_path):
     (tmp_path / "test.json").write_text(images({"image_id": "a.jpg"}, {"image_id": "b.jpg"}))
     table = manifest.read(tmp_path, "test")
     assert table.to_numpy().tolist() == [["test", "", "a.jpg"], ["test", "", "b.jpg"]]
-    manifest.write_csv(table, tmp_path / "test.csv")
+    csvfile.write(table, tmp_path / "test.csv")
     pd.testing.assert_frame_equal(manifest.read_csv(tmp_path / "test.csv"), table)
 
 
@@ -125,7 +125,7 @@ def test_a_round_gets_the_manifest_it_names(tmp_path):
     train = manifest.read(tmp_path, "train")
     assert train["class_id"].tolist() == class_ids
     pd.testing.assert_frame_equal(manifest.read(tmp_path, "balanced", seed=3), manifest.balance(train, 3))
-    manifest.write_csv(train, tmp_path / "mine.csv")
+    csvfile.write(train, tmp_path / "mine.csv")
     pd.testing.assert_frame_equal(manifest.read("elsewhere", str(tmp_path / "mine.csv")), train)
 
 
@@ -142,7 +142,7 @@ def test_a_table_survives_csv_unchanged(tmp_path):
     names += ["two\nlines", "two\r\nlines"]
     table = table_of(names).assign(split="test")
     table["image_id"] = table["class_id"].where(table["class_id"] != "", "x")
-    manifest.write_csv(table, tmp_path / "x.csv")
+    csvfile.write(table, tmp_path / "x.csv")
     pd.testing.assert_frame_equal(manifest.read_csv(tmp_path / "x.csv"), table)
 
 
@@ -159,10 +159,10 @@ def test_a_table_edited_elsewhere_is_read(tmp_path):
         (b"a,class_id\n1,2\n", "no column split, image_id; found a, class_id"),
         (b"split,class_id\ntrain,1\n", "no column image_id; found split, class_id"),
         (b"split,class_id,image_id,split\ntrain,1,x,val\n", "column split is there twice"),
-        (b"n\xe4me,class_id\n1,2\n", "not a CSV table"),
+        (b"n\xe4me,class_id\n1,2\n", "line 1: byte 0xe4 is not UTF-8"),
         (HEADER, "it lists no photographs"),
-        (HEADER + b"train,1\n", "not a CSV table: CSV parse error: Expected 3 columns, got 2"),
-        (HEADER + b"train,1,\xff\n", "not a CSV table"),
+        (HEADER + b"train,1\n", "not a CSV table: CSV parse error: Row #2: Expected 3 columns, got 2"),
+        (HEADER + b"train,1,\xff\n", "line 2: byte 0xff is not UTF-8; save it as UTF-8"),
         (HEADER + b"train,1,x\ntrain,1,\n", "record 1 (class_id '1', image_id ''): image_id is missing"),
         (HEADER + b"train,1,x\ntrain,,x\n", "record 1 (class_id '', image_id 'x'): class_id is missing"),
         (HEADER + b"train,1,x\n,1,x\n", "record 1 (class_id '1', image_id 'x'): split is missing"),
@@ -177,13 +177,13 @@ def test_a_wrong_table_is_refused_naming_the_file(tmp_path, text, words):
 
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path):
     path, table = tmp_path / "x.csv", table_with_counts([1000])
-    manifest.write_csv(table[:3], path)
+    csvfile.write(table[:3], path)
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            manifest.write_csv(table, path)
+            csvfile.write(table, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x.csv", before)]
@@ -191,7 +191,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_pa
 
 def test_the_digest_is_that_of_the_written_file_and_changes_with_one_cell(tmp_path):
     table = table_with_counts([5, 3]).assign(score=0.1)
-    manifest.write_csv(table, tmp_path / "x.csv")
+    csvfile.write(table, tmp_path / "x.csv")
     digest = manifest.digest(table)
     assert digest == hashlib.sha256((tmp_path / "x.csv").read_bytes()).hexdigest()[:16]
     assert digest == manifest.digest(table.copy())
@@ -317,12 +317,12 @@ def test_a_quantile_chooses_classes_by_their_photographs(low, high, expected):
 
 def test_a_select_list_chooses_classes_by_their_confidence(tmp_path):
     listed = pd.DataFrame({"class_id": ["3", "7", "9", "absent"], "confidence": [0.9, 0.5, 0.8, 1.0]})
-    manifest.write_csv(listed, tmp_path / "list.csv")
+    csvfile.write(listed, tmp_path / "list.csv")
     chosen = manifest.select_listed(uneven(), tmp_path / "list.csv", 0.8)
     assert chosen["class_id"].value_counts().to_dict() == {"9": 10, "3": 4}
     with pytest.raises(InputError, match=r"list.csv: no class of this data has a confidence of 1 or more"):
         manifest.select_listed(uneven(), tmp_path / "list.csv", 1.0)
-    manifest.write_csv(listed[["class_id"]], tmp_path / "list.csv")
+    csvfile.write(listed[["class_id"]], tmp_path / "list.csv")
     with pytest.raises(InputError, match=r"list.csv: no column confidence; found class_id"):
         manifest.select_listed(uneven(), tmp_path / "list.csv", 0.5)
 
@@ -331,8 +331,11 @@ def test_a_select_list_chooses_classes_by_their_confidence(tmp_path):
     ("text", "words"),
     [
         (b"", "not a CSV table: Empty CSV file"),
-        (b"class_id,confidence\n1,0.5\n2,0.5,3\n", "not a CSV table: CSV parse error: Expected 2 columns, got 3: 2,0"),
-        (b"class_id,confidence\nL\xe4mna,0.5\n", "not a CSV table"),
+        (
+            b"class_id,confidence\n1,0.5\n2,0.5,3\n",
+            "not a CSV table: CSV parse error: Row #3: Expected 2 columns",
+        ),
+        (b"class_id,confidence\nL\xe4mna,0.5\n", "line 2: byte 0xe4 is not UTF-8"),
         (b"class_id,confidence\n1,0.5\n2,high\n", "record 1 (class_id '2', confidence 'high'): confidence must be"),
         (b"class_id,confidence\n1,\n", "record 0 (class_id '1', confidence ''): confidence must be a number"),
     ],
@@ -348,8 +351,8 @@ def test_a_select_list_that_is_none_is_refused(tmp_path, text, words):
     ("text", "words"),
     [
         (b"", "not a CSV table: Empty CSV file"),
-        (b"file,class_id\na.jpg\n", "not a CSV table: CSV parse error: Expected 2 columns, got 1: a.jpg"),
-        (b"file,class_id\nl\xf6k.jpg,1\n", "not a CSV table"),
+        (b"file,class_id\na.jpg\n", "not a CSV table: CSV parse error: Row #2: Expected 2 columns, got 1: a.jpg"),
+        (b"file,class_id\nl\xf6k.jpg,1\n", "line 2: byte 0xf6 is not UTF-8"),
         (b"photo,class_id\na.jpg,1\n", "no column file; found photo, class_id"),
         (b"file,class_id\n", "it lists no photographs"),
         (b"file,class_id\na.jpg,1\n,2\n", r"record 1 \(file ''.*\): file is missing"),
@@ -377,10 +380,10 @@ def test_any_number_of_files_may_be_named_and_an_open_quote_is_refused(tmp_path)
     assert prediction.image_files(" ".join(files)) == files
     (tmp_path / "Lay's.jpg").touch()
     assert prediction.image_files(f"{tmp_path}/Lay's.jpg") == [f"{tmp_path}/Lay's.jpg"]
-    with pytest.raises(InputError, match=r"images \".+Lay's.jpg\": No closing quotation; quote names with spaces or '"):
+    with pytest.raises(InputError, match=r"images \".+Lay's.jpg\": No closing quotation; put what holds spaces"):
         prediction.image_files(f"{files[0]} {tmp_path}/Lay's.jpg")
     with pytest.raises(InputError, match="classes .*: No closing quotation"):
-        prediction.words("classes", "Lay's")
+        parameters.words("classes", "Lay's")
     with pytest.raises(InputError, match="no such file or folder: x{300}"):
         prediction.image_files(f"{files[0]} {'x' * 300}")
     with pytest.raises(InputError, match="give a folder with a subfolder a class, a .csv, or class_id too"):

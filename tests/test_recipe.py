@@ -117,7 +117,8 @@ def test_impossible_values_are_refused_with_field_value_and_what_is_allowed(refu
         (ROUND + "[extra]\nx = 1", "extra: no such field; there are name, round"),
         ("[[round]\nname", "not TOML: "),
         (ROUND + "epochs = 1\nepochs = 2", "not TOML: "),
-        (b"\xff\xfe", "not TOML: "),
+        (b"\xff\xfex", "begins as UTF-16 does and goes on otherwise; save it as UTF-8"),
+        (ROUND.encode() + b"# \xe4", "line 3: byte 0xe4 is not UTF-8; save it as UTF-8"),
     ],
 )
 def test_files_that_are_no_recipes_are_refused(refusal, text, words):

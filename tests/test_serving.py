@@ -208,7 +208,7 @@ def test_a_bad_image_is_answered_alone(serving, saved, photographs, host):
     refused = {
         "the file is empty": "",
         "the JPEG is cut short": text(photographs[0][:-20]),
-        "not an image": text(b"not an image"),
+        "not an image but text": text(b"not an image"),
         "9000 x 9000 pixels; at most 64000000 in all are read": text(encode(Image.new("1", (9000, 9000)), "PNG")),
         "the PNG is damaged or cut short": text(encode(Image.new("RGB", (50, 50)), "PNG")[:60]),
         "more than 1000000 bytes, the most that is taken": text(bytes(MAX_BYTES + 1)),
@@ -404,7 +404,7 @@ def test_more_pixels_than_allowed_are_refused(saved, photographs):
     width, height = Image.open(io.BytesIO(photographs[0])).size
     most = width * height
     answers = recognise(saved, photographs[:1], max_pixels=most - 1)
-    assert answers["error"][0] == f"{width} x {height} pixels; at most {most - 1} in all are read"
+    assert answers["error"][0].startswith(f"{width} x {height} pixels; at most {most - 1} in all are read")
     assert not recognise(saved, photographs[:1], max_pixels=most)["error"][0]
 
 
@@ -417,7 +417,7 @@ def test_our_loader_returns_the_torch_module(home, saved, photographs):
 
 
 def test_serving_imports_nothing_that_it_does_not_install():
-    distributions = {"cv2": "opencv-python", "PIL": "pillow"}
+    distributions = {"cv2": "opencv-python-headless", "PIL": "pillow"}
     waiting, seen, used = [ROOT / "tracking" / "served.py"], set(), set()
     while waiting:
         file = waiting.pop()

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from aliprod import InputError, assembly, manifest, recipe
+from aliprod import InputError, assembly, csvfile, manifest, recipe
 from entrypoints import clean, evaluate
 from entrypoints.command import command
 from tracking import copies, models, parts, server, storage
@@ -71,6 +71,7 @@ class Proxy(socketserver.ThreadingTCPServer):
                 end.shutdown(socket.SHUT_RDWR)
 
     def note(self, data: bytes) -> bytes:
+        time.sleep(self.pause)
         if found := re.match(rb"(GET|HEAD|PUT|POST) (\S+) HTTP", data):
             with self.lock:
                 self.asked.append(f"{found[1].decode()} {found[2].decode()}")
@@ -93,17 +94,27 @@ class Proxy(socketserver.ThreadingTCPServer):
 class Store:
     """The store in a process of its own, killed and started again on the same port, and the proxy before it."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, *options: str):
         self.root = root
+        self.options = options
         self.port = parts.free_port()
         self.start()
         self.proxy = Proxy(self.port)
 
     def start(self) -> None:
         environment = os.environ | {"RCLONE_AUTH_KEY": '"{},{}"'.format(*KEYS.values())}
-        command = ["serve", "s3", "--addr", f"127.0.0.1:{self.port}", "--config", os.devnull, str(self.root)]
+        command = [
+            "serve",
+            "s3",
+            "--addr",
+            f"127.0.0.1:{self.port}",
+            "--config",
+            os.devnull,
+            *self.options,
+            str(self.root),
+        ]
         with (self.root.parent / "rclone.log").open("ab") as log:
-            self.process = subprocess.Popen([RCLONE, *command], env=environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen([RCLONE, *command, str(self.root)], env=environment, stdout=log, stderr=log)
         while not parts.answers(f"http://127.0.0.1:{self.port}"):
             assert self.process.poll() is None
             time.sleep(0.05)
@@ -202,6 +213,66 @@ def test_a_large_file_goes_in_parts(s3, big, address, tmp_path):
     big.write_bytes(changed)
     assert storage.upload(big, f"{address}/renamed.bin") == (1, 40 * MEGABYTE, 0), "equal in size alone"
     assert copies.fetch(f"{address}/renamed.bin", tmp_path).read_bytes() == changed
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "b.jpg").symlink_to("nowhere"), r"No such file or directory: '.*b\.jpg'"),
+        (lambda folder: (folder / "b.jpg").symlink_to("b.jpg"), r"Too many levels of symbolic links: '.*b\.jpg'"),
+        (lambda folder: (folder / "b.jpg").chmod(0), r"Permission denied: '.*b\.jpg'"),
+        (lambda folder: (folder / "loop").symlink_to(folder), "loop: a link to a folder that it lies in itself"),
+        (lambda folder: (folder / "deep" / "loop").symlink_to(folder), "loop: a link to a folder that it lies in"),
+    ],
+    ids=["a link to nothing", "a link to itself", "a file of others", "a folder in itself", "deeper in itself"],
+)
+def test_an_upload_that_fails_says_which_file_and_why(s3, address, tmp_path, capsys, spoil, words):
+    for number in range(100):  # more than go at a time: what waits is called back
+        path = tmp_path / "source" / "deep" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    folder = tmp_path / "source"
+    if "Permission" in words:
+        if os.geteuid() == 0:
+            pytest.skip("root may read everything")
+        (folder / "b.jpg").touch()
+    spoil(folder)
+    assert run_command("upload", {"source": folder, "to": address}) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(words, line), line
+
+
+def test_a_store_that_takes_nothing_says_so(running, s3, big, tmp_path, capsys, monkeypatch):
+    (tmp_path / "buckets" / "bucket").mkdir(parents=True)
+    store = Store(tmp_path / "buckets", "--read-only")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{store.port}")
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    try:
+        for source, to in ((big, "s3://bucket/big.bin"), (big.parent / "shop", "s3://bucket/shop")):
+            (big.parent / "shop").mkdir(exist_ok=True)
+            (big.parent / "shop" / "a.jpg").write_bytes(b"x")
+            assert run_command("upload", {"source": source, "to": to}) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.match(rf"{to}.*: .+", line) and "TypeError" not in line, line
+    finally:
+        store.kill()
+        store.proxy.shutdown()
+
+
+def test_a_stopped_upload_ends_as_stopped_and_leaves_nothing_half(s3, big, address, capsys):
+    s3.proxy.pause = 0.02
+
+    def stop() -> None:
+        while not any("partNumber=" in asked for asked in list(s3.proxy.asked)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert run_command("upload", {"source": big, "to": f"{address}/big.bin"}) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+    s3.proxy.reset()
+    found = storage.client().list_objects_v2(Bucket="bucket", Prefix=address.rpartition("/")[2])
+    assert "Contents" not in found
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -395,7 +466,7 @@ def test_it_is_uploaded_and_mlflow_run_trains_from_there(s3, shop, store, row, a
     whole = manifest.read(shop, "train")
     listed = manifest.class_index(whole)[["class_id"]].assign(confidence=[0.9, 0.2] * 4)
     for name, table in {"part": whole.iloc[::2], "list": listed}.items():
-        manifest.write_csv(table, tmp_path / f"{name}.csv")
+        csvfile.write(table, tmp_path / f"{name}.csv")
         storage.upload(tmp_path / f"{name}.csv", f"{address}/{name}.csv")
     fields = {"manifest": f"{address}/part.csv", "select_list": f"{address}/list.csv", "min_confidence": 0.5}
     (tmp_path / "small.toml").write_text(recipe.to_toml(row.model_copy(update=fields)))
@@ -411,7 +482,7 @@ def test_tables_are_scored_and_cleaned_from_there_to_there(s3, shop, store, row,
     table = manifest.read(shop, "train").iloc[:-3]
     storage.upload(shop, f"{address}/shop")
     for name, rows in {"part": table, "few": manifest.read(shop, "val").iloc[:7]}.items():
-        manifest.write_csv(rows, tmp_path / f"{name}.csv")
+        csvfile.write(rows, tmp_path / f"{name}.csv")
         storage.upload(tmp_path / f"{name}.csv", f"{address}/{name}.csv")
     tables = assembly.tables(row, shop)
     assembly.model(row, len(tables.classes), "random").save(tmp_path / "model", tables.classes, tables.tree, {})

@@ -117,7 +117,7 @@ def test_any_other_text_that_is_not_utf8_is_refused_in_a_line(name, given, store
     with pytest.raises(SystemExit) as stopped:
         run_command(name, options(**given))
     assert stopped.value.code == 2
-    assert "caf\\udce9': is not UTF-8; give it another name\n" in capsys.readouterr().err
+    assert "caf\\udce9': must be UTF-8\n" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_a_dead_server_is_refused_in_one_line(tmp_path, monkeypatch):
 
 def test_a_run_that_is_not_there_is_refused_in_one_line(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(InputError, match=r"opens no run: Run with id=0{32} not found$"):
+    with pytest.raises(InputError, match=r"MLFLOW_RUN_ID=0{32}: Run with id=0{32} not found; no run that"):
         runs.start("lost", tmp_path).__enter__()
 
 
@@ -151,21 +151,29 @@ def test_what_cannot_be_sent_stops_neither_the_run_nor_the_next(store, tmp_path,
     assert [(one.info.status, one.data.metrics["loss"]) for one in ended] == [("FINISHED", 0.5), ("FINISHED", 0.25)]
 
 
-def test_what_waits_for_another_server_goes_to_that_one_alone(server, empty_store, tmp_path, monkeypatch):
+def test_what_waits_for_another_server_goes_to_that_one_alone(server, empty_store, tmp_path, monkeypatch, capfd):
+    """And the password in the server's address is shown and stored nowhere, and may change meanwhile."""
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    mlflow.set_tracking_uri(server.uri)
+    mlflow.set_tracking_uri(server.uri.replace("//", "//ann:s3cret@"))
     with runs.start("waits", tmp_path / "work", monitored=False) as run:
         server.kill()
         run.params({"lr": 0.1})
     mlflow.set_tracking_uri(f"sqlite:///{empty_store}")
-    waiting = {run.id: f"waits for MLFLOW_TRACKING_URI={server.uri}"}
+    shown = server.uri.replace("//", "//ann:***@")
+    waiting = {run.id: f"waits for MLFLOW_TRACKING_URI={shown}"}
     assert spool.send_waiting(tmp_path / "work") == waiting
     server.start()
     assert spool.send_waiting(tmp_path / "work") == waiting
-    mlflow.set_tracking_uri(server.uri)
+    mlflow.set_tracking_uri(server.uri.replace("//", "//ann:another@"))
     assert spool.send_waiting(tmp_path / "work") == {run.id: "sent"}
     assert MlflowClient().get_run(run.id).data.params == {"lr": "0.1"}
+    server.kill()
+    with pytest.raises(InputError, match="does not answer") as refused:
+        runs.start("dead", tmp_path / "work").__enter__()
+    texts = [str(refused.value), *capfd.readouterr()]
+    texts += [path.read_text(errors="replace") for path in (tmp_path / "work").rglob("*") if path.is_file()]
+    assert not [text for text in texts if "s3cret" in text or "another@" in text]
 
 
 def test_system_metrics_are_recorded(store, tmp_path, monkeypatch):
@@ -272,7 +280,7 @@ def test_the_pyfunc_answers_as_the_saved_model(logged, shop, tmp_path, monkeypat
     )
     expected = recognise(model.load(logged.folder / "model"), [*files, str(bad)], top=3)
     pd.testing.assert_frame_equal(served, expected)
-    assert served["error"].iloc[-1] == "not an image" and served["class_ids"].iloc[-1] == []
+    assert served["error"].iloc[-1] == "not an image but text" and served["class_ids"].iloc[-1] == []
     assert served["class_ids"].str.len().iloc[:-1].eq(3).all()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from aliprod import assembly, cleaning, crossfit, manifest, report, taxonomy
+from aliprod import assembly, cleaning, crossfit, csvfile, manifest, report
 from aliprod.prediction import predict_table
 from aliprod.recipe import Cleaning
 from tracking import models, steps
@@ -25,6 +25,7 @@ def clean(run: Run, recipe: str, row: Cleaning, data: Path, work: Path, done: di
     print(f"{recipe}/{row.name}: {len(table)} photographs of {len(classes)} classes, run {run.id}", flush=True)
     answers = []
     for saved in map(models.load, sources):
+        assembly.refuse_other_products(saved.classes, data)
         saved.model.to(assembly.device())
         given = (saved, table, classes, data, work / "features", row.precision)
         answers.append(crossfit.answers(*given, row.folds, row.seed) if row.folds else predict_table(*given))
@@ -38,12 +39,11 @@ def clean(run: Run, recipe: str, row: Cleaning, data: Path, work: Path, done: di
     run.table(dropped, "dropped.csv")
     lineage = {"source": manifest.digest(table), "digest": manifest.digest(kept), "models": sources}
     run.text(json.dumps(row.model_dump() | lineage, indent=2), f"{row.name}.json")
-    tree = data / "product_tree.json"
-    names = assembly.describe(classes, taxonomy.read(tree) if tree.exists() else None).set_index("class_id")["name"]
+    names = assembly.describe(classes, assembly.tree(data)).set_index("class_id")["name"]
     files = pd.Series(manifest.paths(table, data))
     run.figure(report.thumbnails(dropped, files, names.where(names != "", names.index)), "figures/dropped.png")
     scores: dict[str, float] = {"num_dropped": len(dropped), "num_train": len(kept)}
     if (truth := data / "truth.csv").exists():
-        scores |= cleaning.detection(table, dropped, pd.read_csv(truth, dtype="str"))
+        scores |= cleaning.detection(table, dropped, csvfile.read(truth, [*manifest.COLUMNS, "true_class_id"]))
     run.metrics(scores, 0)
     return scores

@@ -5,7 +5,6 @@ what was cut off in the middle, and a lock: one process fetches, the others of t
 """
 
 import contextlib
-import fcntl
 import hashlib
 import random
 import shutil
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from aliprod import InputError
 from aliprod.progress import progress
 from aliprod.recipe import Cleaning, Round
+from aliprod.sharing import locked
 from tracking import storage
 
 Row = TypeVar("Row", Round, Cleaning)
@@ -88,13 +88,10 @@ def fetch(address: str, work: Path) -> Path:
 def _locked(root: Path, bucket: str, address: str) -> Iterator[sqlite3.Connection]:
     """The index of a bucket's copies, for this process alone."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / f".{bucket}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{address}: waiting for another process that fetches from this bucket", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.closing(sqlite3.connect(root / f".{bucket}.db")) as index:
+    database = root / f".{bucket}.db"
+    with locked(root / f".{bucket}.lock", address):
+        database.touch()  # SQLite itself would make it for its owner alone
+        with contextlib.closing(sqlite3.connect(database)) as index:
             index.executescript(TABLES)
             yield index
 

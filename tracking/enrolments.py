@@ -26,7 +26,7 @@ PHOTOGRAPHS = "photographs"  # the folder of a run's artifacts that has them, na
 def enroll(run: Run, model: str, photographs: pd.DataFrame, work: Path) -> tuple[pd.DataFrame, str]:
     """Enrols photographs (as of enrolment.listed) into a model: what became of each, as of enrolment.enroll, and the
     name of the new model, "" if all were there already."""
-    version, source, saved = _source(model)
+    version, source, saved = _source(model, work)
     began = time.perf_counter()
     gallery, table = enrolment.enroll(saved, photographs, run.id)
     seconds = time.perf_counter() - began
@@ -45,7 +45,7 @@ def enroll(run: Run, model: str, photographs: pd.DataFrame, work: Path) -> tuple
 
 def withdraw(run: Run, model: str, class_ids: list[str], files: list[str], work: Path) -> tuple[pd.DataFrame, str]:
     """Takes what enrolment.withdraw says out of a model: the rows that went, and the name of the new model."""
-    version, source, saved = _source(model)
+    version, source, saved = _source(model, work)
     gallery, gone = enrolment.withdraw(saved, class_ids, files)
     run.table(gone, "withdrawn.csv")
     example = run.folder / "blank.png"
@@ -80,10 +80,13 @@ def listed(images: str, class_id: str, name: str, path: str) -> pd.DataFrame:
     return enrolment.listed(images, class_id, name, path)
 
 
-def _source(model: str) -> tuple[registry.ModelVersion | None, Path, Saved]:
-    """The classifier's version that `model` names, if it does, which has to be the newest of its extractor; the saved
-    folder and what it holds."""
+def _source(model: str, work: Path | None = None) -> tuple[registry.ModelVersion | None, Path, Saved]:
+    """The classifier's version that `model` names, if it does; the saved folder and what it holds. With `work` what an
+    enrolment that died has left of the aliases is set right first."""
     version = registry.classifier(model)
+    if version and work:
+        registry.repair(work)
+        version = registry.classifier(model)
     folder = models.fetch(f"models:/{registry.CLASSIFIER}/{version.version}" if version else model)
     saved = load(folder)
     saved.model.to(assembly.device())

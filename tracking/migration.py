@@ -11,6 +11,7 @@ from pathlib import Path
 
 import sqlalchemy
 from mlflow.store.db.utils import _is_empty_database, _safe_initialize_tables, _upgrade_db
+from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import Connection, Engine, MetaData, Table, func, insert, inspect, select, text, update
 
 from aliprod import InputError, streams
@@ -34,7 +35,7 @@ def move(database: str, artifacts: list[Path], folder: Path) -> dict[str, int]:
 
     InputError if something is not where it should be: then nothing has been written to the database.
     """
-    source = Path(database.removeprefix("sqlite:///"))
+    source = Path(sqlalchemy.make_url(database).database or "" if database.startswith("sqlite:") else database)
     if not source.is_file():
         raise InputError(f"{database}: no such file")
     with server.postgresql(folder) as (_, uri):
@@ -60,9 +61,9 @@ def move(database: str, artifacts: list[Path], folder: Path) -> dict[str, int]:
 
 def _copy(source: Path, to: Path) -> Engine:
     to.unlink(missing_ok=True)
-    with sqlite3.connect(f"file:{source.resolve()}?mode=ro", uri=True) as old, sqlite3.connect(to) as new:
+    with sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True) as old, sqlite3.connect(to) as new:
         old.backup(new)  # consistent, even while somebody writes
-    return sqlalchemy.create_engine(f"sqlite:///{to.resolve()}")
+    return sqlalchemy.create_engine(sqlalchemy.URL.create("sqlite", database=str(to.resolve())))
 
 
 def _rows(old: Connection, new: Connection, tables: MetaData) -> dict[str, int]:
@@ -106,7 +107,7 @@ def _locations(new: Connection, tables: MetaData, artifacts: list[Path]) -> None
 def _location(value: str, artifacts: list[Path], where: str) -> str:
     if ":/" in value and not value.startswith("file:/"):
         return value  # s3://, models:/, or a server's mlflow-artifacts:/ already
-    path = Path(value.removeprefix("file://")).resolve()
+    path = Path(local_file_uri_to_path(value)).resolve()
     for folder in artifacts:
         if path.is_relative_to(folder.resolve()):
             return f"mlflow-artifacts:/{path.relative_to(folder.resolve())}"

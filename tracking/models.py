@@ -19,17 +19,17 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
-from aliprod import InputError
+from aliprod import InputError, first_line
+from tracking import search, store
 
 if TYPE_CHECKING:
     from aliprod.model import Saved
 
 NAME = "model"
-PAGE = 50  # runs looked at in one request
 ROOT = Path(__file__).parents[1]
 # What aliprod.model, .images and .prediction import; a server installs these and nothing of training.
 SERVING = (
-    *("mlflow", "torch", "torchvision", "timm", "safetensors", "opencv-python", "pillow"),
+    *("mlflow", "torch", "torchvision", "timm", "safetensors", "opencv-python-headless", "pillow"),
     *("numpy", "pandas", "pyarrow", "msgspec", "tqdm", "faiss-cpu"),
 )
 SIGNATURE = ModelSignature(
@@ -66,21 +66,27 @@ def log(client: MlflowClient, run_id: str, folder: str, example: str, step: int)
     run = client.get_run(run_id)
     if logged(run):
         return
-    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # or the model would end in the default one
+    made = client.create_logged_model(run.info.experiment_id, NAME, run_id, params=run.data.params)
     Model.log(
         artifact_path=None,
         flavor=mlflow.pyfunc,
+        model_id=made.model_id,
         run_id=run_id,
-        name=NAME,
         step=step,
         **form(folder, example),
     )
 
 
 def logged(run: Run) -> str | None:
-    """Id of the model that a run has logged; one whose upload broke off does not count."""
+    """Id of the model that a run has logged; one whose upload broke off, or that was deleted, does not count."""
     for output in run.outputs.model_outputs if run.outputs else ():
-        if MlflowClient().get_logged_model(output.model_id).status == LoggedModelStatus.READY:
+        try:
+            model = MlflowClient().get_logged_model(output.model_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            continue
+        if model.status == LoggedModelStatus.READY and model.name == NAME:
             return str(output.model_id)
     return None
 
@@ -114,10 +120,11 @@ def fetch(name: str) -> Path:
     """
     local = Path(name)
     if re.fullmatch("newest|[0-9a-f]{32}|", name) or not local.is_dir():
+        store.ready()
         try:
             local = download(artifact_uri=_uri(name))
         except (MlflowException, OSError) as error:
-            raise InputError(f"model {name!r} not found: {str(error).splitlines()[0]}") from None
+            raise InputError(f"model {name!r} not found: {first_line(error)}") from None
     found = list(local.glob("**/config.json"))
     if len(found) != 1:
         raise InputError(f"model {name!r} is no single model of this project's: it holds {len(found)} config.json")
@@ -149,17 +156,18 @@ def _uri(name: str) -> str:
 
 
 def newest(tags: dict[str, Any], of_model: bool = False) -> str | None:
-    """Run id of the newest finished run, of any experiment, that carries these tags and, if asked, a model."""
-    wanted = ["attributes.status = 'FINISHED'"] + [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
-    client, token = MlflowClient(), None
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    size = PAGE if of_model else 1  # not all at once: the trials of a study may be thousands, with all they logged
-    order = ["attributes.start_time DESC"]
-    while True:
-        page = client.search_runs(experiments, " and ".join(wanted), max_results=size, order_by=order, page_token=token)
-        for run in page:
-            if not of_model or logged(run):
-                return str(run.info.run_id)
-        token = page.token
-        if not (of_model and token):
-            return None
+    """Run id of this project's newest finished run, in any experiment, with these tags and, if asked, a model."""
+    runs = (run for run in search.runs(tags, "FINISHED") if not of_model or logged(run))
+    return next((str(run.info.run_id) for run in runs), None)
+
+
+def trained_on(saved: "Saved") -> str:
+    """The data folder that a model was trained on, "" where neither the model nor its run says it."""
+    if folder := saved.config.get("data_folder"):
+        return str(folder)
+    if not (run_id := saved.config.get("run_id")):
+        return ""
+    try:
+        return str(MlflowClient().get_run(run_id).data.params.get("data_folder", ""))
+    except MlflowException:
+        return ""

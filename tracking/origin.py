@@ -27,10 +27,12 @@ def address() -> str:
     return re.sub(r"^(\w+://[^/@:]*):[^/@]*@", r"\1@", web)
 
 
-def again(entry: str, **parameters: object) -> str:
-    """The command that runs an entry point of the same project, at the same version, with these parameters."""
+def again(entry: str, experiment: str = "", **parameters: object) -> str:
+    """The line that runs an entry point of the same project, at the same version, as it can be pasted into a shell;
+    `experiment` is a name."""
     words = ["mlflow", "run", address() or ".", *_version(), "-e", entry]
     words += ["--env-manager", _tags().get("mlflow.project.env", "local")]
+    words += ["--experiment-name", experiment] if experiment else []
     for name, value in parameters.items():
         words += ["-P", f"{name}={value}"]
     return shlex.join(words)

@@ -19,6 +19,8 @@ import psutil
 
 from aliprod import interruption
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 class Died(Exception):
     """A part has ended by itself."""
@@ -90,9 +92,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether an HTTP server is there; being refused is an answer too."""
+    """Whether an HTTP server of this machine is there, past any proxy; being refused is an answer too."""
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        with DIRECT.open(url, timeout=5):
             return True
     except urllib.error.HTTPError as error:
         return error.code < 500

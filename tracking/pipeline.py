@@ -1,6 +1,6 @@
 """A recipe's steps in order, as runs nested in one parent: what is finished is reused, what was cut off goes on.
 
-The last step offers the extractors of all rounds to the registry.
+The last step offers all rounds to the registry, as extractors and as classifiers.
 """
 
 from collections.abc import Iterator
@@ -11,15 +11,27 @@ import pandas as pd
 from mlflow import MlflowClient
 
 from aliprod import InputError, manifest, report
-from aliprod.recipe import Cleaning, Recipe, Round
-from tracking import cleanings, promotions, rounds, runs, steps
+from aliprod.recipe import NEWEST, Cleaning, Recipe, Round
+from tracking import cleanings, models, promotions, rounds, runs, steps
 from tracking.runs import Run
 
-RESULTS = ("R", "Class Number", "GAP", "MAP", "Reported GAP", "Reported MAP", "NCM", "1-NN", "Extractor")  # shown first
+# The columns shown first.
+RESULTS = (
+    *("R", "Class Number", "GAP", "MAP", "Reported GAP", "Reported MAP", "NCM", "1-NN"),
+    *("Extractor", "Classifier"),
+)
+# The scores of the parent, by whose they are; the first decides.
+OWN = {"classifier": ("map", "gap"), "extractor": ("ncm_map", "nn_map")}
 
 
 def plan(recipes: list[Recipe]) -> list[tuple[str, Round | Cleaning]]:
-    """All steps with their recipe's name, in the order they run: a cleaning just before the first round to name it."""
+    """All steps with their recipe's name, in the order they run: a cleaning just before the first round to name it.
+
+    InputError if two recipes have the same name, as their steps could not be told apart.
+    """
+    names = [recipe.name for recipe in recipes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"recipe: {twice[0]!r} is the name of more than one of them")
     order: dict[str, tuple[str, Round | Cleaning]] = {}
     cleanings = {f"{recipe.name}/{row.name}": (recipe.name, row) for recipe in recipes for row in recipe.cleanings}
     for recipe in recipes:
@@ -34,8 +46,9 @@ def plan(recipes: list[Recipe]) -> list[tuple[str, Round | Cleaning]]:
 def run(parent: Run, recipes: list[Recipe], data: Path, work: Path, promote: bool) -> pd.DataFrame:
     """Runs every step and logs the table of rounds, as of report.rounds, under `parent` after each.
 
-    With `promote` the best of their extractors is then promoted if it is better than the champion, by the limits'
-    defaults; the table says which it is, what was decided, and why.
+    With `promote` the best of them as an extractor and the best as a classifier are then promoted if they are better
+    than the champions, by the limits' defaults; the table says which these are, what was decided, and why. Their scores
+    are the parent's own; otherwise those of the rounds of the highest MAP and of the highest nearest class mean MAP.
 
     A finished run of the same key (steps.key) is taken instead of running a step again; one that was cut off and whose
     checkpoint lies in `work` is resumed. InputError, before anything runs, if a step names what is nowhere.
@@ -48,33 +61,49 @@ def run(parent: Run, recipes: list[Recipe], data: Path, work: Path, promote: boo
     results: list[tuple[Round, dict[str, Any]]] = []
     for number, (recipe, row) in enumerate(order, start=1):
         title = f"{recipe}/{row.name}"
-        key = steps.key(row, base, [steps.resolve(name, recipe, digest, done) for name in _names(row)])
+        # One and the same newest for the key and for the step, whatever other runs end meanwhile.
+        pinned = done | {NEWEST: models.newest({}, of_model=True) or ""} if NEWEST in _names(row) else done
+        key = steps.key(row, base, [steps.resolve(name, recipe, digest, pinned) for name in _names(row)])
         run_id = steps.finished(key)
         if run_id:
             print(f"{title}: finished before, reused from run {run_id}", flush=True)
         else:
-            run_id = _do(parent, recipe, row, key, data, work, done)
+            run_id = _do(parent, recipe, row, key, data, work, pinned)
         done[title] = run_id
         if isinstance(row, Round):
             scores = _scores(run_id)
             results.append((row, {"recipe": recipe, "run": run_id} | scores))
-            parent.metrics({name: scores[name] for name in ("gap", "map", "ncm_map", "nn_map")}, number)
+            curves = {name: scores[name] for names in OWN.values() for name in names}
+            parent.metrics(curves, number, "rounds/")
             table = _log(parent, results, {})
+
+    of_rounds = {scores["run"]: scores for _, scores in results}
+    best = {question: max(of_rounds, key=lambda id: of_rounds[id][names[0]]) for question, names in OWN.items()}
     if promote:
-        candidates = " ".join(scores["run"] for _, scores in results)
-        with runs.start("promote", work, {"candidates": candidates}, parent) as child:
-            ground = promotions.Ground.read(data)
-            verdict = promotions.promote(child, candidates, ground, promotions.Limits(), work, dry_run=False)
-        said = f"{verdict['decision']}: {'; '.join(verdict['reasons'])}"
-        table = _log(parent, results, {verdict["candidate"]["run"]: said})
+        offered = " ".join(of_rounds)
+        with runs.start("promote", work, {"candidates": offered}, parent) as child:
+            ground, limits = promotions.Ground.read(data), promotions.Limits()
+            verdicts = promotions.promote(child, promotions.candidates(offered), ground, limits, work, dry_run=False)
+        best = {question: verdict.candidate.run_id for question, verdict in verdicts.items()}
+        table = _log(parent, results, verdicts)
+    parent.tags(best)
+    for question, names in OWN.items():
+        parent.metrics({name: of_rounds[best[question]][name] for name in names}, 0)
     return table
 
 
-def _log(parent: Run, results: list[tuple[Round, dict[str, Any]]], verdict: dict[str, str]) -> pd.DataFrame:
-    table = report.rounds(results, verdict)
+def _log(
+    parent: Run, results: list[tuple[Round, dict[str, Any]]], verdicts: dict[str, promotions.Verdict]
+) -> pd.DataFrame:
+    said = {
+        question.capitalize(): {verdict.candidate.run_id: f"{verdict.decision}: {'; '.join(verdict.reasons)}"}
+        for question, verdict in verdicts.items()
+    }
+    table = report.rounds(results, said)
     parent.table(table, "rounds.csv")
-    parent.text(report.markdown(table), "rounds.md")
-    parent.figure(report.rounds_figure(table), "figures/rounds.png")
+    parent.reports(
+        {"rounds.md": lambda: report.markdown(table), "figures/rounds.png": lambda: report.rounds_figure(table)}
+    )
     parent.tags({"mlflow.note.content": report.markdown(table[list(RESULTS)])})
     return table
 

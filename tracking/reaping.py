@@ -14,14 +14,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from aliprod import InputError
-from tracking import spool
+from tracking import reach, spool, store
 
 
 def silent(minutes: float, experiment: str, work: Path) -> dict[str, int]:
     """Runs still RUNNING, of an experiment or of all (""), that were not heard of for so long; id -> last heartbeat,
     in milliseconds. A run that a process here is recording into `work` is alive."""
+    store.ready()
     if experiment and not MlflowClient().get_experiment_by_name(experiment):
-        raise InputError(f"experiment {experiment!r} not found at {mlflow.get_tracking_uri()}")
+        raise InputError(f"experiment {experiment!r} not found at {reach.shown(mlflow.get_tracking_uri())}")
     running = mlflow.search_runs(
         experiment_names=[experiment] if experiment else None,
         search_all_experiments=not experiment,

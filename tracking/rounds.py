@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from aliprod import InputError, assembly, enrolment, interruption, manifest, recipe, report, training, yardstick
 from aliprod.atomic import replacing
@@ -18,32 +19,58 @@ from aliprod.recipe import Round
 from tracking import models, steps
 from tracking.runs import Run, close_abandoned
 
+WORK = "{work}/"  # what a path in job.json begins with that lies in the folder `work`
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What a run was asked to do; kept in its folder, so that its id is enough to resume it.
 
-    `done` has the runs of earlier steps, recipe/step -> run id; others are looked for in the store.
+    `done` has the runs of earlier steps, recipe/step -> run id; others are looked for in the store. `digests` are those
+    of the data's manifests, so that the same data is known wherever it lies.
     """
 
     recipe: str
     row: Round
     data: str
     done: dict[str, str] = dataclasses.field(default_factory=dict)
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
-        """Writes job.json."""
-        with replacing(folder / "job.json") as path:
-            path.write_text(json.dumps(dataclasses.asdict(self) | {"row": self.row.model_dump()}))
+    def save(self, folder: Path, work: Path) -> None:
+        """Writes job.json, in which what lies in `work` is named from there: it may be moved."""
+        job = dataclasses.asdict(self) | {"row": self.row.model_dump()}
+        for table, field in ((job, "data"), (job["row"], "manifest"), (job["row"], "select_list")):
+            path = Path(table[field] or "").resolve()
+            if path.exists() and path != work.resolve() and path.is_relative_to(work.resolve()):
+                table[field] = f"{WORK}{path.relative_to(work.resolve())}"
+        with replacing(folder / "job.json") as beside:
+            beside.write_text(json.dumps(job))
 
     @staticmethod
-    def load(run_id: str, work: Path) -> "Job":
-        """The job of an earlier run on this machine. InputError where there is none."""
+    def load(run_id: str, work: Path, data: str = "") -> "Job":
+        """The job of an earlier run on this machine, its data in the folder `data`, if that is given. InputError where
+        there is none, or no data."""
         path = work / "runs" / run_id / "job.json"
-        if not path.exists():
+        if not run_id or not path.exists():
             raise InputError(f"resume {run_id!r}: no run of this name left anything to resume in {work / 'runs'}")
+
         job = json.loads(path.read_text())
+        for table, field in ((job, "data"), (job["row"], "manifest"), (job["row"], "select_list")):
+            if (table[field] or "").startswith(WORK):
+                table[field] = str(work.resolve() / table[field].removeprefix(WORK))
+        job["data"] = data or job["data"]
+        if not Path(job["data"]).is_dir():
+            raise InputError(f"resume {run_id!r}: its data is no more at {job['data']}; give data, where it is now")
         return Job(**job | {"row": Round(**job["row"])})
+
+    def checked(self, digests: dict[str, str]) -> "Job":
+        """The job with its data's digests; InputError if they are not those it was begun with."""
+        changed = [name for name, digest in self.digests.items() if digests[name] != digest]
+        if changed:
+            raise InputError(
+                f"data {self.data!r}: {' and '.join(changed)} not as in the run to resume; train anew, init its id"
+            )
+        return dataclasses.replace(self, digests=digests)
 
 
 def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation:
@@ -52,14 +79,15 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     `resume` is the id of the run to go on from. Raises KeyboardInterrupt when stopped, its state saved.
     """
     row, checkpoints = job.row, run.folder / "checkpoints"
-    job.save(run.folder)
-    earlier = work / "runs" / resume / "checkpoints"
-    if resume and earlier.exists():
-        shutil.copytree(earlier, checkpoints, copy_function=os.link)
     path = steps.table(row.manifest, job.recipe, Path(job.data), job.done)
     tables = assembly.tables(row.model_copy(update={"manifest": path}), job.data)
     digest = tables.data_digest
-    run.tags({"recipe": job.recipe, "round": row.name, "data": digest, "val": manifest.digest(tables.queries)})
+    digests = {"data": digest, "val": manifest.digest(tables.queries)}
+    job.checked(digests).save(run.folder, work)
+    earlier = work / "runs" / resume / "checkpoints"
+    if resume and earlier.exists():
+        shutil.copytree(earlier, checkpoints, copy_function=_link)
+    run.tags({"recipe": job.recipe, "round": row.name, **digests})
     run.tags({"resumed_from": resume} if resume else {})
     if resume:
         close_abandoned(resume)
@@ -92,39 +120,44 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     log_corrupt(run, source, val)
     if stop.is_set():
         raise KeyboardInterrupt
-    run.figure(report.curves(reports), "figures/curves.png")
+
     folder = run.folder / "model"
     evaluation = report.evaluate(
         made, tables.classes, tables.queries, job.data, work / "features", tree=tables.tree, precision=row.precision
     )
     about = {"recipe": job.recipe, "round": row.model_dump(), "data": digest, "run_id": run.id}
+    about["data_folder"] = job.data
     made.save(folder, tables.classes, tables.tree, about | {"calibration": evaluation.calibration})
     shown = (tables.gallery, tables.queries, job.data, work / "features", row.precision)
     nearest = yardstick.answers(made, *shown)
     evaluation.scores.update(yardstick.scores(nearest))
-    run.table(nearest, "yardstick.parquet")
     enrolment.gallery(made, tables.classes, *shown).save(folder)
-    example = manifest.paths(evaluation.predictions.head(1), job.data)[0]
-    log_evaluation(run, evaluation, step=row.epochs)
-    run.model(folder, example, step=row.epochs)
+
+    # The model before all that only describes it; its scores first, which MLflow shows beside it.
+    run.metrics(evaluation.scores, row.epochs)
+    run.model(folder, _example(run, evaluation, job.data), step=row.epochs)
+    run.reports({"yardstick.parquet": lambda: nearest, "figures/curves.png": lambda: report.curves(reports)})
+    log_evaluation(run, evaluation)
     shutil.rmtree(checkpoints)
     return evaluation
 
 
-def log_evaluation(run: Run, evaluation: report.Evaluation, step: int = 0) -> None:
-    """Scores as metrics and in the run's description, tables and figures as artifacts."""
-    run.metrics(evaluation.scores, step)
+def log_evaluation(run: Run, evaluation: report.Evaluation) -> None:
+    """Scores in the run's description; tables, figures and pages as artifacts, as far as they can be made."""
     scores = pd.DataFrame(evaluation.scores.items(), columns=["score", "value"])
     run.tags({"mlflow.note.content": report.markdown(scores)})
-    run.table(evaluation.predictions, "predictions.parquet")
-    run.table(evaluation.per_class, "per_class.csv")
-    run.table(evaluation.select_list, "select_list.csv")
-    for name, figure in evaluation.figures.items():
-        run.figure(figure, f"figures/{name}.png")
-    for name, table in evaluation.tables.items():
-        run.table(table, f"{name}.csv")
-    for name, page in evaluation.pages.items():
-        run.text(page, f"figures/{name}.html")
+    run.reports(evaluation.reports)
+
+
+def _example(run: Run, evaluation: report.Evaluation, data: str) -> str:
+    """A photograph to show how the model is asked, a white one where none can be read any more."""
+    for photograph in manifest.paths(evaluation.predictions, data):
+        if os.access(photograph, os.R_OK):
+            return photograph
+
+    white = run.folder / "white.png"
+    Image.new("RGB", (64, 64), "white").save(white)
+    return str(white)
 
 
 def log_corrupt(run: Run, *sources: Images | Features) -> None:
@@ -132,7 +165,7 @@ def log_corrupt(run: Run, *sources: Images | Features) -> None:
     rows = [(source.paths[row], reason) for source in sources for row, reason in source.corrupt.items()]
     run.metrics({"num_corrupt": len(rows)}, 0)
     if rows:
-        run.table(pd.DataFrame(rows, columns=["file", "reason"]), "corrupt.csv")
+        run.reports({"corrupt.csv": lambda: pd.DataFrame(rows, columns=["file", "reason"])})
         print(f"{len(rows)} images could not be read and were left out: corrupt.csv lists them", flush=True)
 
 
@@ -144,9 +177,10 @@ def summary(run: Run, evaluation: report.Evaluation) -> str:
         for name in ("gap", "map", "accuracy") + tuple(k for k in scores if k.startswith("top"))
     )
     classes = int((evaluation.per_class["num_val"] > 0).sum())
+    table = (run.folder / "artifacts" / "per_class.csv").resolve()
     return (
         f"{values}  ({len(evaluation.predictions)} photographs of {classes} classes)\n"
-        f"per class: {(run.folder / 'artifacts' / 'per_class.csv').resolve()}\n"
+        f"per class: {table if table.exists() else 'left out, see report_errors.txt'}\n"
         f"run:       {run.id}"
     )
 
@@ -154,12 +188,20 @@ def summary(run: Run, evaluation: report.Evaluation) -> str:
 def source_of(job: Job, digest: str) -> str:
     """What load_backbone reads for the round's init: a word or path as it is; a step, a run or a URI fetched."""
     init = steps.resolve(job.row.init, job.recipe, digest, job.done)
-    if init in steps.WORDS or Path(init).exists():
+    if init in recipe.WEIGHTS or Path(init).exists():
         return init
     try:
         return str(models.fetch(init))
     except InputError as error:
         raise InputError(f"init {init!r}: no finished round of recipe {job.recipe} on this data; {error}") from None
+
+
+def _link(source: str, to: str) -> None:
+    """The same file under a second name, or a copy where the disk knows no such thing, or another user owns it."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copy(source, to)
 
 
 def _log_report(run: Run, made: training.Report, row: Round, seconds: float) -> None:

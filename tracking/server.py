@@ -11,7 +11,6 @@ import importlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aliprod import InputError, interruption, streams, surroundings
+from tracking import reach
 from tracking.parts import Died, Part, answers, free_port, part
 
 BUCKET = "mlflow"
@@ -153,8 +153,7 @@ def main() -> None:
     parser.add_argument("--secrets", action="store_true", help="only make secrets.env, for compose.yaml")
     asked = parser.parse_args()
     interruption.raise_on_signals()
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    reach.prepare()
     try:
         if asked.secrets:
             read_secrets(asked.folder)

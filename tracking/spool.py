@@ -4,13 +4,12 @@ A tracking server may be away for a while, or for good: training goes on, and wh
 `<folder>/spool.jsonl` until it can be sent, by the same run, by the next one, or by `send_waiting`.
 Once only: how many bytes were sent is kept beside the file, and the operation that may have been cut off between
 sending and noting it is harmless to repeat (metrics carry their time, a model is looked for first).
+Files are named from the folder, so that it can be moved before they are sent.
 """
 
 import contextlib
-import fcntl
 import functools
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,27 +17,22 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import mlflow
-import requests
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from aliprod import InputError
 from aliprod.atomic import replacing
-from tracking import models, storage
+from aliprod.sharing import Busy, locked
+from tracking import models, reach, store
+from tracking.store import away
 
 PATIENCE = 30  # seconds between two attempts to reach a server that did not answer
 BATCH = 1000  # metrics in one request; MLflow's limit
+SENT = "sent"
+WAITS = "waits for MLFLOW_TRACKING_URI="
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
-
-
-def away(error: Exception) -> bool:
-    """Whether a server or a store could not be reached or could not do it now, rather than refused."""
-    if isinstance(error, MlflowException):
-        return error.get_http_status_code() >= 500
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return error.response.status_code >= 500
-    return isinstance(error, requests.RequestException) or storage.is_away(error)
 
 
 def insistent(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
@@ -53,7 +47,7 @@ def insistent(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
         try:
             return call(*args, **kwargs)
         except MlflowException as error:
-            if away(error):
+            if away(error) or store.local(error):
                 raise
             return call(*args, **kwargs)
 
@@ -61,30 +55,49 @@ def insistent(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
 
 class Spool:
-    """The journal of one run in `folder`; a lock keeps a second process from sending it at the same time."""
+    """The journal of one run in `folder`; a lock keeps a second process from sending it at the same time.
+
+    `lost` says of each record that could not be kept, and without which the run is not what it claims to be, why: the
+    model, and all that this machine, rather than the server, refused. Such a run ends as FAILED.
+    """
 
     def __init__(self, folder: Path, run_id: str, tracking_uri: str):
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "spool.jsonl").open("a+b")
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with replacing(folder / "run.json") as beside:
-            beside.write_text(json.dumps({"run_id": run_id, "tracking_uri": tracking_uri}))
+        path = folder / "spool.jsonl"
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(locked(path, wait=False))
+            self._file = opened.enter_context(path.open("a+b"))
+            with replacing(folder / "run.json") as beside:
+                beside.write_text(json.dumps({"run_id": run_id, "tracking_uri": reach.shown(tracking_uri)}))
+            self._opened = opened.pop_all()
+
         self.folder = folder
         self.run_id = run_id
         self.client = MlflowClient(tracking_uri)
+        self.lost: list[str] = []
+        self.num_refused = 0
         self._next_attempt = 0.0
         self._mutex = threading.RLock()
 
     def put(self, kind: str, **record: Any) -> None:
-        """Records one operation and sends all that waits, if the server answers."""
+        """Records one operation and sends all that waits, if the server answers; InputError if that adds to `lost`."""
         with self._mutex:
             self._file.write(json.dumps({"kind": kind, **record}).encode() + b"\n")
             self._file.flush()
-            if time.monotonic() >= self._next_attempt:
-                self.send()
+            if time.monotonic() < self._next_attempt:
+                return
+            before = len(self.lost)
+            self.send()
+            if len(self.lost) > before:
+                raise InputError(self.lost[before])
+
+    def path(self, path: Path) -> str:
+        """How a record names a file or folder: from the run's own folder where it lies in it."""
+        own, path = self.folder.resolve(), path.resolve()
+        return str(path.relative_to(own) if path.is_relative_to(own) else path)
 
     def send(self) -> bool:
-        """Sends what waits; False if the server did not answer. What it refuses is kept in refused.jsonl, and said."""
+        """Sends what waits; False if the server did not answer. What is refused is kept in refused.jsonl, and said."""
         with self._mutex:
             sent_path = self.folder / "spool.sent"
             sent = int(sent_path.read_text()) if sent_path.exists() else 0
@@ -98,9 +111,7 @@ class Spool:
                     if away(error):
                         self._next_attempt = time.monotonic() + PATIENCE
                         return False
-                    with (self.folder / "refused.jsonl").open("ab") as refused:
-                        refused.write(line)
-                    print(f"run {self.run_id}: the tracking server refused a record, kept in {refused.name}: {error}")
+                    self._refused(line, error)
                 sent += len(line)
                 with replacing(sent_path) as beside:
                     beside.write_text(str(sent))
@@ -108,9 +119,31 @@ class Spool:
 
     def close(self) -> bool:
         """Sends once more and lets go of the file; False if something still waits."""
-        done = self.send()
-        self._file.close()
-        return done
+        try:
+            return self.send()
+        finally:
+            self._opened.close()
+
+    def _refused(self, line: bytes, error: Exception) -> None:
+        """Keeps a record that cannot be delivered, says so, and notes in `lost` what the run cannot do without."""
+        path = self.folder / "refused.jsonl"
+        with path.open("ab") as refused:
+            refused.write(line)
+        self.num_refused += 1
+        record = json.loads(line)
+        here = store.local(error)
+        gone = isinstance(error, FileNotFoundError) and not self._found(record.get("path", ".")).exists()
+        reason = reach.shown(str(error)).strip()
+        if record["kind"] == "model" or (here and not gone):
+            kept = f"; it is in {self._found(record['folder'])}" if record["kind"] == "model" else ""
+            self.lost.append(f"run {self.run_id}: its {record['kind']} could not be kept: {reason}{kept}")
+        who = "this machine" if here else "the tracking server"
+        print(f"run {self.run_id}: {who} refused a record, kept in {path}: {reason}", flush=True)
+
+    def _found(self, name: str) -> Path:
+        """The file or folder that a record names; older ones name it absolutely, or from where the command ran."""
+        path = self.folder / name
+        return path if path.exists() or not Path(name).exists() else Path(name)
 
     @insistent
     def _deliver(self, record: dict[str, Any]) -> None:
@@ -128,10 +161,14 @@ class Spool:
                 tags = [InputTag("mlflow.data.context", context)]
                 self.client.log_inputs(self.run_id, [DatasetInput(Dataset(**values), tags)])
             case {"kind": "artifact", "path": path, "folder": folder}:
-                self.client.log_artifact(self.run_id, path, folder)
+                self.client.log_artifact(self.run_id, str(self._found(path)), folder)
             case {"kind": "model", "folder": folder, "example": example, "step": step}:
-                models.log(self.client, self.run_id, folder, example, step)
+                found = str(self._found(folder)), str(self._found(example))
+                models.log(self.client, self.run_id, *found, step)
             case {"kind": "end", "status": status, "time": end_time}:
+                if self.lost:
+                    status = "FAILED"
+                    self.client.set_tag(self.run_id, "mlflow.note.content", self.lost[0])
                 self.client.set_terminated(self.run_id, status, end_time)
             case _:
                 raise AssertionError(f"unknown record {record}")
@@ -139,32 +176,50 @@ class Spool:
 
 def idle(folder: Path) -> bool:
     """Whether no process is recording the run of this folder: it ended, or died."""
-    with (folder / "spool.jsonl").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+    with contextlib.suppress(Busy), locked(folder / "spool.jsonl", wait=False):
         return True
+    return False
 
 
 def send_waiting(work: Path) -> dict[str, str]:
-    """Sends what earlier runs in `work` left for the current server; run id -> what came of it. Runs still alive are
-    passed over."""
-    # A dead server would hold up training for minutes at every report; the spool waits instead.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    """Sends what earlier runs in `work` left for the current server; run id -> SENT, or why it was not. Runs still
+    alive are passed over."""
+    reach.prepare()
     results = {}
     current = mlflow.get_tracking_uri()
     for note in sorted(work.glob("runs/*/run.json")):
-        about = json.loads(note.read_text())
-        folder = note.parent
+        about, folder = json.loads(note.read_text()), note.parent
         sent = folder / "spool.sent"
         if (folder / "spool.jsonl").stat().st_size == (int(sent.read_text()) if sent.exists() else 0):
             continue
-        if about["tracking_uri"] != current:
-            results[about["run_id"]] = f"waits for MLFLOW_TRACKING_URI={about['tracking_uri']}"
+
+        if not _belongs(**about, current=current):
+            results[about["run_id"]] = f"{WAITS}{reach.shown(about['tracking_uri'])}"
             continue
-        with contextlib.suppress(BlockingIOError):
-            done = Spool(folder, **about).close()
-            results[about["run_id"]] = "sent" if done else "the tracking server is still away"
+        try:
+            spool = Spool(folder, about["run_id"], current)
+            done = spool.close()
+        except Busy:
+            continue
+        except OSError as error:  # a full disk, somebody else's folder
+            results[about["run_id"]] = f"cannot be sent from here: {error}"
+            continue
+        if not done:
+            results[about["run_id"]] = "the tracking server is still away"
+        elif spool.num_refused:
+            results[about["run_id"]] = f"{spool.num_refused} records were refused: {folder / 'refused.jsonl'}"
+        else:
+            results[about["run_id"]] = SENT
     return results
+
+
+def _belongs(run_id: str, tracking_uri: str, current: str) -> bool:
+    """Whether a run is of the current store, which may be an SQLite file that has been moved since."""
+    if reach.shown(tracking_uri) == reach.shown(current):
+        return True
+    path = tracking_uri.removeprefix("sqlite:///")
+    if path == tracking_uri or Path(path).exists():
+        return False
+    with contextlib.suppress(MlflowException):
+        return bool(MlflowClient(current).get_run(run_id))
+    return False

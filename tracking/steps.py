@@ -4,28 +4,32 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 import aliprod
 from aliprod import InputError, manifest
-from aliprod.recipe import Cleaning, Round
-from tracking import models, spool, storage
-
-WORDS = ("imagenet", "random", "train", "balanced", "newest")
+from aliprod.recipe import MANIFESTS, NEWEST, RESERVED, WEIGHTS, Cleaning, Round
+from tracking import models, search, spool, storage
 
 
 def resolve(name: str, recipe: str, data: str, done: dict[str, str]) -> str:
     """What `name`, an init, manifest or model in a row of `recipe`, stands for: a run's id, or `name` itself.
 
     A step, `step` or `recipe/step`, is the run in `done` (recipe/step -> run id), else the newest finished one of that
-    name on the data of digest `data`. A step is preferred to a file or folder here that happens to be called so, and
-    a line says so.
+    name on the data of digest `data`, which is preferred to a file or folder here of that name, and a line says so;
+    newest is the newest run that logged a model, unless `done` says which. InputError where there is none.
     """
+    if name == NEWEST:
+        run_id = done.get(NEWEST) or models.newest({}, of_model=True)
+        if not run_id:
+            raise InputError(f"{name!r}: no finished run has logged a model yet")
+        return run_id
     if not _may_be_step(name):
         return name
     of, _, step = name.rpartition("/")
@@ -48,13 +52,13 @@ def is_step(name: str) -> bool:
 
 
 def _may_be_step(name: str) -> bool:
-    known = name in WORDS or re.fullmatch("[0-9a-f]{32}", name)
-    return not known and re.fullmatch(r"[\w./-]+", name) is not None
+    known = name in RESERVED or re.fullmatch("[0-9a-f]{32}", name) or re.match(r"\w+:/", name)
+    return not known and re.fullmatch(r"(.+/)?[\w.-]+", name) is not None
 
 
 def table(name: str, recipe: str, data: Path, done: dict[str, str]) -> str:
     """The manifest that a round's `manifest` names, as manifest.read takes it: a [[clean]] step's is fetched."""
-    if name in WORDS or name.endswith(".csv"):
+    if name in MANIFESTS or name.endswith(".csv"):
         return name
     run_id = resolve(name, recipe, manifest.digest(manifest.read(data, "train")), done)
     try:
@@ -91,17 +95,12 @@ def unfinished(key: str, work: Path) -> str:
     return next(left, "")
 
 
-def _runs(key: str) -> list[Any]:
-    return mlflow.search_runs(
-        search_all_experiments=True,
-        filter_string=f"tags.`aliprod.key` = '{key}'",
-        order_by=["attributes.start_time DESC"],
-        output_format="list",
-    )
+def _runs(key: str) -> Iterator[Run]:
+    return search.runs({"key": key})
 
 
 def _identity(source: str) -> str:
-    if source in WORDS:
+    if source in (*WEIGHTS, *MANIFESTS):
         return source
     if re.fullmatch("[0-9a-f]{32}", source):
         return MlflowClient().get_run(source).data.tags.get("aliprod.key", source)

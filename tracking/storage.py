@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import boto3
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
@@ -28,6 +29,7 @@ from aliprod import InputError
 from aliprod.atomic import replacing
 from aliprod.progress import progress
 from aliprod.streams import plain
+from tracking import reach
 
 PARALLEL = 16  # objects at a time
 PART = 8 << 20  # bytes in one request of an upload; smaller files go in one
@@ -77,6 +79,7 @@ def slashed(name: str) -> str:
 
 def client() -> Any:
     """A client of S3 that retries, and leaves out the checksums that not every store knows."""
+    reach.prepare()
     return boto3.Session().client(
         "s3",
         endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("MLFLOW_S3_ENDPOINT_URL"),
@@ -139,6 +142,7 @@ def upload(source: Path, address: str) -> Uploaded:
         items = ((path, key, index.execute(query, (key,)).fetchone()) for path, key in _files(source, name))
         config = TransferConfig(PART, PARALLEL, PART, preferred_transfer_client="classic")
         with create_transfer_manager(store, config) as manager:
+            sending = _Transfers(manager, bucket)
 
             def put(item: tuple[Path, str, tuple[int, str] | None]) -> tuple[bool, int]:
                 path, key, there = item
@@ -149,17 +153,49 @@ def upload(source: Path, address: str) -> Uploaded:
                     and (digest(path, "md5") == there[1] or intact(path, store.head_object(Bucket=bucket, Key=key)))
                 ):
                     return False, size
-                about = {"Metadata": {"sha256": digest(path)}}
-                manager.upload(str(path), bucket, key, about).result()
+                with explained(f"s3://{bucket}/{key}"):
+                    sending.send(path, key)
                 return True, size
 
             with progress(desc=address, unit="B", unit_scale=True) as bar:
                 for _, group in itertools.groupby(items, lambda item: item[0].parent == source):
-                    with contextlib.closing(parallel(put, group, lambda: manager.shutdown(cancel=True))) as results:
+                    with contextlib.closing(parallel(put, group, sending.cancel)) as results:
                         for new, num_bytes in results:
                             sent, size, skipped = sent + new, size + new * num_bytes, skipped + (not new)
                             bar.update(num_bytes)
     return Uploaded(sent, size, skipped)
+
+
+class _Transfers:
+    """Files on their way to a bucket, that can be called back.
+
+    The manager's own `shutdown(cancel=True)` cannot be used: it raises a TypeError, which would hide why.
+    """
+
+    def __init__(self, manager: Any, bucket: str):
+        self.manager = manager
+        self.bucket = bucket
+        self.futures: set[Any] = set()
+        self.cancelled = False
+        self.lock = threading.Lock()
+
+    def send(self, path: Path, key: str) -> None:
+        """Sends a file with its SHA-256, and returns when it is there."""
+        about = {"Metadata": {"sha256": digest(path)}}
+        with self.lock:
+            if self.cancelled:
+                raise CancelledError
+            future = self.manager.upload(str(path), self.bucket, key, about)
+            self.futures.add(future)
+        future.result()
+        self.futures.discard(future)
+
+    def cancel(self) -> None:
+        """Calls back what has not arrived."""
+        with self.lock:
+            self.cancelled = True
+            for future in self.futures:
+                future.cancel()
 
 
 def place(file: Path, name: str) -> str:
@@ -249,15 +285,35 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 
 
 def _files(source: Path, name: str) -> Iterator[tuple[Path, str]]:
-    """The files of a folder, those of its sub-folders first, or the one file; each with its key."""
+    """The files of a folder, those of its sub-folders first, or the one file; each with its key.
+
+    OSError where a folder cannot be listed; InputError where a link leads back to a folder that holds it.
+    """
     if source.is_file():
         yield source, name
-    for folder, _, files in os.walk(source, topdown=False, followlinks=True):
-        for path in (Path(folder) / file for file in sorted(files)):
-            key = slashed(name) + path.relative_to(source).as_posix()
-            if plain(key) != key:
-                raise InputError(f"'{plain(str(path))}': the name is not UTF-8, as names in a store must be")
-            yield path, key
+        return
+
+    last: list[Path] = []
+    for folder, _, files in os.walk(source, onerror=_raised, followlinks=True):
+        here = Path(folder)
+        if here.is_symlink() and here.resolve() in map(Path.resolve, here.absolute().parents):
+            raise InputError(f"{here}: a link to a folder that it lies in itself")
+        paths = [here / file for file in sorted(files)]
+        if here == source:
+            last = paths
+        else:
+            yield from ((path, slashed(name) + _utf8(path.relative_to(source).as_posix())) for path in paths)
+    yield from ((path, slashed(name) + _utf8(path.relative_to(source).as_posix())) for path in last)
+
+
+def _utf8(key: str) -> str:
+    if plain(key) != key:
+        raise InputError(f"'{plain(key)}': the name is not UTF-8, as names in a store must be")
+    return key
+
+
+def _raised(error: OSError) -> NoReturn:
+    raise error
 
 
 def _refuse_strange(bucket: str, key: str) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import html
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -73,7 +73,10 @@ def tune(search: Search, work: Path) -> str:
     }
     name = search.name or f"{search.recipe}-{row.name}-{digest[:8]}"
     work.mkdir(parents=True, exist_ok=True)
-    storage = search.storage or f"sqlite:///{work.resolve() / 'studies.db'}"
+    storage = search.storage
+    if not storage:
+        (work / "studies.db").touch()  # SQLite itself would make it for its owner alone
+        storage = str(sqlalchemy.URL.create("sqlite", database=str(work.resolve() / "studies.db")))
     study = tuning.join(storage, name, row, search.tuning, about)
     with _parent(study, search, digest, work) as parent:
         init = rounds.source_of(job, digest)
@@ -91,9 +94,9 @@ def tune(search: Search, work: Path) -> str:
 def _parent(study: Study, search: Search, digest: str, work: Path) -> Iterator[Run]:
     """The run of the study: a new one where nobody has opened it yet, else the one all workers share."""
     joined = study.run
-    if joined and (own := os.environ.get("MLFLOW_RUN_ID")) and own != joined:
-        MlflowClient().set_tag(own, "mlflow.parentRunId", joined)  # `mlflow run` made one for this worker alone
-        MlflowClient().update_run(own, name="worker")
+    if joined and (own := runs.project_run()):  # `mlflow run` made one for this worker alone
+        MlflowClient().set_tag(own.info.run_id, "mlflow.parentRunId", joined)
+        MlflowClient().update_run(own.info.run_id, name="worker")
     title = f"{search.recipe}/{search.row.name}, tuned"
     tags = {"recipe": search.recipe, "round": f"{search.row.name}, tuned", "data": digest, "study": study.name}
     with runs.start(title, work, {} if joined else tags, join=joined, monitored=not joined) as parent:
@@ -194,7 +197,7 @@ def _conclude(study: Study, search: Search, parent: Run, work: Path) -> str:
     with replacing(file) as beside:
         beside.write_text(text, encoding="utf-8")
     parent.text(text, "best.toml")
-    parent.text(_page(study, f"{title}; {counts}"), "figures/study.html")
+    parent.reports({"figures/study.html": lambda: _page(study, f"{title}; {counts}")})
     parent.metrics({objective: score, "num_trials": int(table["state"].isin(tuning.FINISHED).sum())}, 0)
     values = {name: getattr(row, name) for name in search.tuning.active(row.model_dump())}
     run_id = table.set_index("number")["run"][number]
