@@ -150,7 +150,7 @@ def _fill(model: Recogniser, images: Images, keys: pd.Series, home: Path, precis
     if not keys.any():
         shutil.rmtree(partial)
         return
-    reasons = [images.corrupt.get(row, "") for row in range(total)]
+    reasons = ["" if row in images.passing else images.corrupt.get(row, "") for row in range(total)]
     pd.DataFrame({"key": keys, "unreadable": reasons}, dtype="str").to_parquet(partial / "files.parquet", index=False)
     note.unlink(missing_ok=True)
     partial.rename(home / f"{len(list(home.glob('[0-9]*'))):05d}")

@@ -49,7 +49,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # Exif's orientation -
     7: lambda image: cv2.flip(cv2.transpose(image), -1),
     8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
-OF_MANY_KINDS = ("TIFF", "BMP", "AVIF", "JPEG2000", "PPM")  # no decoder reads all of them
+OF_MANY_KINDS = ("TIFF", "BMP", "JPEG2000", "PPM")  # of which Pillow does not read all
 UNREAD = (ValueError, OSError, MemoryError, cv2.error)  # why one image is not read
 SCAN, END, FRAMES = 0xDA, 0xD9, (0xC0, 0xC1, 0xC2)  # markers of a JPEG
 JPEG_KINDS = {0xC3: "lossless", 0xF7: "lossless", 0xC9: "arithmetically coded", 0xCA: "arithmetically coded"}
@@ -129,13 +129,14 @@ def decode(data: bytes, max_pixels: int | None = None, needed: int | None = None
         return _decode(name, data, max_pixels, needed)
     except (InputError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:  # a frame or a tile that the header said nothing of
+        raise InputError(f"more pixels than Pillow decodes: {error}") from None
     except Exception as error:  # decoders raise whatever they like
         if isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem:
             raise MemoryError from None
         if name == "JPEG":
             _refuse_kind(data)
-        unless = ", cut short or of a kind that is not read" if name in OF_MANY_KINDS else " or cut short"
-        raise Unreadable(f"the {name} is damaged{unless}: {error}") from None
+        raise Unreadable(f"the {name} is damaged or cut short: {error}") from None
 
 
 def letterbox(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
@@ -305,10 +306,7 @@ def _augmenter(name: str, fill: int, thread: int):  # one a thread: it holds a g
 
 
 def _decode(name: str, data: bytes, max_pixels: int, needed: int | None) -> np.ndarray:
-    if name == "TIFF":
-        _refuse_raw(data)
-    header = formats.READ[name][1](io.BytesIO(data), "")  # reads no more than the header
-
+    header = _header(name, data)
     width, height = header.size
     shrink = 1
     if name == "JPEG":
@@ -333,6 +331,20 @@ def _decode(name: str, data: bytes, max_pixels: int, needed: int | None) -> np.n
         header.load()
         image = _of_eight_bits(header)
     return _upright(image, header)
+
+
+def _header(name: str, data: bytes) -> Image.Image:
+    """What Pillow reads before any pixel: size, mode, metadata."""
+    try:
+        if name == "TIFF":
+            _refuse_raw(data)
+        return formats.READ[name][1](io.BytesIO(data), "")
+    except (InputError, MemoryError, Image.DecompressionBombError):
+        raise
+    except Exception as error:
+        if name not in OF_MANY_KINDS:
+            raise
+        raise InputError(f"the {name} is of a kind that is not read, or damaged: {error}") from None
 
 
 def _of_eight_bits(image: Image.Image) -> np.ndarray:
@@ -372,7 +384,7 @@ def _shrink(size: tuple[int, int], max_pixels: int, needed: int) -> int:
 def _refuse_raw(tiff: bytes) -> None:
     """InputError if it is a camera's: what is shown first in there is but a thumbnail."""
     file = io.BytesIO(tiff)
-    tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+    tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if 43 in tiff[2:4] else 8))  # 43: BigTIFF
     file.seek(tags.next)
     tags.load(file)
     small = tags.get(254, 0) & 1 and 330 in tags  # a reduced image, others below it

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from aliprod import InputError, assembly, manifest, model, recipe
 from entrypoints import clean, evaluate, predict, prepare, send, train
@@ -289,3 +290,75 @@ def test_a_mistake_is_one_line_and_exit_2(name, given, message, shop, store, cap
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert re.search(message, lines[0]), lines[0]
+
+
+PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+NUMBERS = [
+    (entry, name)
+    for entry in PROJECT
+    for name, about in PROJECT[entry]["parameters"].items()
+    if about["type"] == "float"
+]
+NEEDED = {"images": "x.jpg", "source": ".", "to": "s3://bucket/x", "data": "demo"}
+WORDS = [
+    ("main", "recipe"), ("main", "overrides"), ("train", "overrides"), ("tune", "overrides"), ("clean", "models"),
+    ("promote", "candidates"),
+]  # fmt: skip
+
+
+def refused(entry: str, given: dict[str, object], capsys: pytest.CaptureFixture) -> str:
+    """The one line with which an entry point refuses these parameters, its others being the defaults."""
+    defaults = {name: about.get("default", NEEDED.get(name)) for name, about in PROJECT[entry]["parameters"].items()}
+    with pytest.raises(SystemExit) as stopped:
+        run_command(entry, options(**defaults | given))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(("entry", "name"), NUMBERS)
+def test_a_number_that_cannot_be_is_refused_by_its_name(entry, name, shop, store, capsys):
+    for value in ("nan", "inf", "-inf", "1e400", "-1", "", "0x10", "1,5", "one"):
+        given = {name: value} | ({"data": shop} if "data" in PROJECT[entry]["parameters"] else {})
+        line = refused(entry, given, capsys)
+        assert re.search(rf"\b{name}\b.* ('{re.escape(value)}'|-1)", line), line
+
+
+@pytest.mark.parametrize(("entry", "name"), [("main", "minutes"), ("train", "minutes"), ("reap", "minutes")])
+def test_a_time_limit_that_no_clock_has_is_refused(entry, name, capsys):
+    assert re.match(r"minutes '1e308': .*less than or equal to 527040", refused(entry, {name: "1e308"}, capsys))
+
+
+@pytest.mark.parametrize("entry", PROJECT)
+def test_a_parameter_that_is_no_text_is_refused_by_its_name(entry, capsys):
+    for name in PROJECT[entry]["parameters"]:
+        assert refused(entry, {name: "a\udcff"}, capsys) == rf"{name} 'a\udcff': must be UTF-8"
+
+
+@pytest.mark.parametrize("entry", PROJECT)
+def test_a_place_is_not_nowhere(entry, capsys):
+    main = importlib.import_module(f"entrypoints.{entry}").main
+    for name in (name for name, kind in main.__annotations__.items() if kind is Path):
+        assert refused(entry, {name: ""}, capsys) == f"{name} '': must be the path of a file or folder"
+
+
+@pytest.mark.parametrize(("entry", "name"), WORDS)
+def test_an_open_quote_is_refused_by_the_name_of_its_parameter(entry, name, shop, store, capsys):
+    given = {name: "x=Lay's y=1"} | ({"data": shop} if "data" in PROJECT[entry]["parameters"] else {})
+    assert re.match(
+        rf"{name} .*Lay's.*(No closing quotation|not closed); what holds spaces", refused(entry, given, capsys)
+    )
+
+
+@pytest.mark.parametrize("output", ["", "work/", ".csv", "..", "s3://bucket/", "work/dropped.csv"])
+def test_clean_writes_to_a_file_and_says_so_by_the_parameters_name(output, shop, store, capsys):
+    line = refused("clean", {"output": output, "data": shop}, capsys)
+    assert re.match(rf"output '{re.escape(output)}': must end in a file's name", line), line
+
+
+def test_values_that_begin_with_a_dash_are_values(store, tmp_path, capsys):
+    line = refused("evaluate", {"model": "--work", "split": "-x"}, capsys)
+    assert line.startswith("model '--work' not found")
+    with pytest.raises(SystemExit):
+        run_command("evaluate", ["--model"])
+    assert re.search("argument --model: expected one argument; parameters are model, data", capsys.readouterr().err)

@@ -1,6 +1,7 @@
 """Photographs: whatever the web calls .jpg is read as Pillow reads it, or refused with the reason; proportions stay."""
 
 import io
+import os
 import re
 import resource
 import struct
@@ -12,10 +13,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from aliprod import InputError
-from aliprod.images import MAX_PIXELS, CorruptImages, Images, Preprocessing, decode, letterbox, load
+from aliprod.images import MAX_PIXELS, CorruptImages, Images, Preprocessing, Unreadable, decode, letterbox, load, read
 from aliprod.manifest import paths, read_json
 
 RNG = np.random.default_rng(0)
@@ -25,6 +26,7 @@ GREY = np.asarray(PHOTO.convert("L"))
 ALPHA = np.zeros((60, 90), np.uint8)
 ALPHA[10:50, 10:80], ALPHA[20:30, 20:60] = 255, 100
 ON_WHITE = np.round(255 + (PIXELS - 255.0) * (ALPHA[:, :, None] / 255))
+SRGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 NETWORK = Preprocessing(64, (0.2, 0.4, 0.6), (0.2, 0.2, 0.2), "bicubic")
 
 
@@ -172,15 +174,68 @@ def test_sixteen_bit_grey_with_a_transparent_level_is_not_washed_out():
     assert np.abs(decoded.astype(int) - GREY[:, :, None])[level != GREY].max() <= 1
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize(
-    ("image", "form"), [(PHOTO, "JPEG"), (PHOTO, "PNG"), (PHOTO, "WEBP"), (RGBA, "PNG"), (RGBA, "WEBP")]
-)
-def test_photographs_are_turned_upright(image, form, orientation):
+def oriented(image: Image.Image, form: str, orientation: int, **options) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    expected = UPRIGHT[orientation](decode(encode(image, form)))
-    np.testing.assert_array_equal(decode(encode(image, form, exif=exif)), expected)
+    return encode(image, form, exif=exif, **options)
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    """As Pillow shows it."""
+    pixels = ImageOps.exif_transpose(image).convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB"))
+
+
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(
+    ("image", "form", "options"),
+    [
+        (PHOTO, "JPEG", {}),
+        (PHOTO.convert("L"), "JPEG", {}),
+        (PHOTO, "MPO", {"save_all": True, "append_images": [PHOTO]}),
+        (PHOTO, "PNG", {}),
+        (RGBA, "PNG", {}),
+        (PHOTO, "WEBP", {}),
+        (RGBA, "WEBP", {}),
+        (PHOTO, "AVIF", {}),
+        (RGBA, "AVIF", {}),
+        (PHOTO, "TIFF", {}),
+        (RGBA, "TIFF", {}),
+        (PHOTO.convert("1"), "TIFF", {"compression": "group4"}),
+        (PHOTO, "TIFF", {"compression": "jpeg"}),
+    ],
+    ids=lambda value: getattr(value, "mode", str(value)),
+)
+def test_photographs_are_turned_upright_as_pillow_turns_them(image, form, options, orientation):
+    data = oriented(image, form, orientation, **options)
+    expected = on_white(Image.open(io.BytesIO(data)))
+    assert distance(decode(data), expected) < 1
+    assert distance(expected, UPRIGHT[orientation](decode(oriented(image, form, 1, **options)))) < 3  # sees the turn
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "AVIF"])
+def test_photographs_that_are_turned_by_xmp_alone_are_turned_too(form, orientation):
+    data = encode(PHOTO, form, xmp=XMP % orientation)
+    assert distance(decode(data), on_white(Image.open(io.BytesIO(data)))) < 1
+    assert distance(decode(data), UPRIGHT[orientation](decode(encode(PHOTO, form)))) < 3
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PNG"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_sixteen_bit_grey_is_turned_upright(form, orientation):
+    data = oriented(Image.fromarray(GREY.astype(np.uint16) * 257), form, orientation)
+    assert distance(decode(data), UPRIGHT[orientation](np.repeat(GREY[:, :, None], 3, axis=2))) < 1
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
+def test_a_damaged_note_does_not_damage_the_photograph(form):
+    data = encode(PHOTO, form, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff") if form != "TIFF" else encode(PHOTO, form)
+    assert distance(decode(data), decode(encode(PHOTO, form))) < 1
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
@@ -219,9 +274,204 @@ def test_what_is_no_picture_is_refused_before_anything_is_allocated(data, reason
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
-def test_no_more_is_decoded_than_opencv_can_whatever_is_set():
-    with pytest.raises(InputError, match="at most 1073741824 in all are read"):
-        decode(png_header(60_000, 60_000), max_pixels=10**10)
+def box(*brands: bytes) -> bytes:
+    content = b"ftyp" + brands[0] + bytes(4) + b"".join(brands)
+    return struct.pack(">I", len(content) + 4) + content + bytes(200)
+
+
+def tiff(*tags: tuple[int, int]) -> bytes:
+    """A TIFF of one strip that the tags (LONG) are added to."""
+    every = {256: 4, 257: 4, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 4, 279: 16} | dict(tags)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(every.items()))
+    return struct.pack("<2sHI16sH", b"II", 42, 24, bytes(range(16)), len(every)) + entries + bytes(4)
+
+
+def frame(code: int, bits: int = 8) -> bytes:
+    """A JPEG that says it is of another kind."""
+    start = OPAQUE["JPEG"].index(b"\xff\xc0")
+    return OPAQUE["JPEG"][: start + 1] + bytes([code, 0, 17, bits]) + OPAQUE["JPEG"][start + 5 :]
+
+
+SVG = b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg xmlns="http://www.w3.org/2000/svg"/>'
+NOT_READ = {  # what needs another library, by name; nothing in these is damaged
+    "HEIC": box(b"heic", b"mif1"),
+    "HEIC ": box(b"mif1", b"heic"),
+    "HEIF": box(b"mif1"),
+    "camera raw (CR3)": box(b"crx "),
+    "camera raw (CR2)": b"II*\0\x10\0\0\0CR\2\0" + bytes(99),
+    "camera raw (DNG, NEF, ARW ...)": tiff((50706, 1)),
+    "camera raw (DNG, NEF, ARW ...) ": tiff((254, 1), (330, 8)),
+    "camera raw (DNG, NEF, ARW ...)  ": tiff((262, 32803)),
+    "camera raw": b"FUJIFILMCCD-RAW 0201",
+    "JPEG XL": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50),
+    "JPEG XL ": b"\xff\x0a" + bytes(50),
+    "SVG": SVG,
+    "PSD": b"8BPS\0\1" + bytes(50),
+    "EXR": b"v/1\1" + bytes(50),
+    "Radiance HDR": cv2.imencode(".hdr", PIXELS.astype(np.float32))[1].tobytes(),
+    "PFM (a map of floating-point numbers)": cv2.imencode(".pfm", PIXELS.astype(np.float32))[1].tobytes(),
+    "PFM (a map of floating-point numbers) ": cv2.imencode(".pfm", GREY.astype(np.float32))[1].tobytes(),
+    "TIFF of 32 bits in each channel": encode(Image.fromarray(GREY.astype(np.float32)), "TIFF"),
+    "TIFF of 32 bits in each channel ": encode(Image.fromarray(GREY.astype(np.int32)), "TIFF"),
+    "lossless JPEG": frame(0xF7),
+    "JPEG of 12 bits": frame(0xC1, 12),
+}
+NO_IMAGES = {
+    "a PDF": b"%PDF-1.7\n",
+    "a video": box(b"isom", b"mp42"),
+    "a video ": b"\x1aE\xdf\xa3" + bytes(50),
+    "a ZIP archive": b"PK\3\4" + bytes(50),
+    "an archive": b"\x1f\x8b\x08" + bytes(50),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "a web page": b"\n<!DOCTYPE html>\n<html><svg/></html>",
+    "text": "Guten Tag, schöne Grüße".encode(),
+    "text ": b'{"error": "404"}',
+    "text  ": b"BMW, P2 and GIF",
+    "what macOS keeps beside a file (AppleDouble)": b"\0\5\x16\7\0\2\0\0Mac OS X",
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_needs_another_library_is_called_by_its_name(name):
+    with pytest.raises(InputError, match=rf"^{re.escape(name.strip())} is not read; convert to ") as refusal:
+        decode(NOT_READ[name])
+    assert not isinstance(refusal.value, Unreadable), "another release may read it"
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_what_is_no_image_is_called_what_it_is(name):
+    with pytest.raises(Unreadable, match=rf"^not an image but {re.escape(name.strip())}"):
+        decode(NO_IMAGES[name])
+
+
+ODD = {  # file, what it shows
+    "TIFF LAB": (encode(ImageCms.profileToProfile(PHOTO, SRGB, LAB, outputMode="LAB"), "TIFF"), PIXELS),
+    "TIFF CMYK": (encode(PHOTO.convert("CMYK"), "TIFF"), PIXELS),
+    "TIFF by zstd": (encode(PHOTO, "TIFF", compression="zstd"), PIXELS),
+    "TIFF of two pages": (encode(PHOTO, "TIFF", save_all=True, append_images=[ImageOps.invert(PHOTO)]), PIXELS),
+    "TIFF grey, white is zero, of 16 bits": (
+        encode(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF", tiffinfo={262: 0}),
+        255 - np.repeat(GREY[:, :, None], 3, axis=2),
+    ),
+    "TIFF of 16 bits": (cv2.imencode(".tif", PIXELS[:, :, ::-1].astype(np.uint16) * 257)[1].tobytes(), PIXELS),
+    "PGM of 16 bits": (
+        cv2.imencode(".pgm", GREY.astype(np.uint16) * 257)[1].tobytes(),
+        np.repeat(GREY[:, :, None], 3, axis=2),
+    ),
+    "JPEG 2000 of 16 bits": (cv2.imencode(".jp2", PIXELS[:, :, ::-1].astype(np.uint16) * 257)[1].tobytes(), PIXELS),
+    "JPEG 2000 CMYK": (encode(PHOTO.convert("CMYK"), "JPEG2000"), PIXELS),
+    "JPEG 2000 YCbCr": (encode(PHOTO.convert("YCbCr"), "JPEG2000"), PIXELS),
+    "WebP animated": (
+        encode(PHOTO, "WEBP", lossless=True, save_all=True, append_images=[ImageOps.invert(PHOTO)]),
+        PIXELS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_kinds_show_what_was_put_into_them(name):
+    data, expected = ODD[name]
+    assert distance(decode(data), expected) < 2
+
+
+@pytest.mark.parametrize("odd", [*NOT_READ.values(), *NO_IMAGES.values(), b"", b"\xff\xd8\xff", OPAQUE["TIFF"][:99]])
+def test_an_odd_image_does_not_touch_its_neighbours(odd):
+    good = OPAQUE["PNG"]
+    images = Images([good, odd, good], None, NETWORK)
+    pictures, rows = drawn(images, [[0, 1, 2]])
+    assert rows == [0, 2] and list(images.corrupt) == [1]
+    assert torch.equal(pictures, drawn(Images([good], None, NETWORK), [[0, 0]])[0])
+
+
+def test_what_only_the_machine_refuses_may_pass(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    files = [
+        tmp_path / "nowhere.jpg",
+        tmp_path,
+        tmp_path / "pipe.jpg",
+        Path("/proc/self/mem"),
+        tmp_path / "damaged.jpg",
+    ]
+    files[-1].write_bytes(OPAQUE["JPEG"][:-9])
+    images = Images([*map(str, files), "nul\0.jpg"], None, NETWORK)
+    assert not drawn(images, [list(range(6))])[1]
+    assert images.corrupt == {
+        0: "No such file or directory",
+        1: "Is a directory",
+        2: "not a file but a pipe or a device",
+        3: "Input/output error",
+        4: "the JPEG is cut short",
+        5: "embedded null byte",
+    }
+    assert images.passing == {0, 1, 2, 3, 5}
+
+
+def test_of_what_is_no_picture_only_the_beginning_is_read(tmp_path):
+    with (tmp_path / "film.jpg").open("wb") as file:
+        file.write(NO_IMAGES["a video"])
+        file.truncate(2**40)
+    assert len(read(tmp_path / "film.jpg")) < 10_000
+
+
+PHONE = cv2.resize(PIXELS, (2400, 1800), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("most", "shrink"), [(2400 * 1800, 1), (2400 * 1800 - 1, 2), (10**6, 4), (10**5, 8)])
+def test_a_jpeg_of_more_pixels_is_decoded_at_a_part_of_its_size(most, shrink, orientation):
+    data = oriented(Image.fromarray(PHONE), "JPEG", orientation)
+    whole, part = decode(data), decode(data, most, needed=128)
+    assert part.shape == tuple(side // shrink for side in whole.shape[:2]) + (3,)
+    assert distance(letterbox(part, NETWORK), letterbox(whole, NETWORK)) < 1
+    for augment in ("none", "light"):
+        assert distance(load(data, NETWORK, augment, 5, most), load(data, NETWORK, augment, 5)) < 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(PHONE, "JPEG", progressive=True),  # all of its coefficients would be held at once
+        encode(PHONE[:120, :160], "JPEG"),  # too little would be left of it
+        encode(PHONE, "PNG"),
+    ],
+    ids=["progressive", "small", "PNG"],
+)
+def test_what_cannot_be_decoded_in_part_is_refused_above_the_limit(data):
+    with pytest.raises(InputError, match="pixels; at most 9999 in all are read; ALIPROD_MAX_PIXELS sets it") as refusal:
+        load(data, NETWORK, max_pixels=9999)
+    assert not isinstance(refusal.value, Unreadable)
+
+
+def test_one_variable_limits_the_pixels_wherever_images_are_read(monkeypatch):
+    data = encode(PHONE, "PNG")
+    monkeypatch.setenv("ALIPROD_MAX_PIXELS", str(2400 * 1800 - 1))
+    images = Images([data], None, NETWORK)
+    assert not drawn(images, [[0]])[1] and "at most 4319999" in images.corrupt[0]
+    with pytest.raises(InputError, match="2400 x 1800 pixels"):
+        decode(data)
+    monkeypatch.setenv("ALIPROD_MAX_PIXELS", str(2400 * 1800))
+    assert drawn(Images([data], None, NETWORK), [[0]])[1] == [0]
+    monkeypatch.setenv("ALIPROD_MAX_PIXELS", "many")
+    with pytest.raises(InputError, match="ALIPROD_MAX_PIXELS 'many': must be a whole number above 0"):
+        Images([data], None, NETWORK)
+
+
+@pytest.mark.parametrize("form", ["WEBP", "TIFF"])
+def test_what_pillow_holds_for_too_large_is_not_called_damaged(form, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    with pytest.raises(InputError, match="more pixels than Pillow decodes") as refusal:
+        decode(encode(PHOTO, form))
+    assert not isinstance(refusal.value, Unreadable)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "AVIF", "JPEG2000", "PPM"])
+def test_pillows_own_limit_does_not_hold_here(form, monkeypatch):
+    data = encode(PHOTO, form)
+    expected = decode(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(decode(data), expected)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9, 0.995])

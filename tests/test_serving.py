@@ -205,12 +205,17 @@ def test_what_is_asked_for_is_answered(serving, saved, photographs):
 def test_a_bad_image_is_answered_alone(serving, saved, photographs, host):
     good = photographs[1]
     elsewhere = f"http://127.0.0.1:{host.server_port + 1}/photograph.jpg"
+    too_many = (
+        f"9000 x 9000 pixels; at most {images.MAX_PIXELS} in all are read; ALIPROD_MAX_PIXELS sets it, up to {2**30}"
+    )
     refused = {
         "the file is empty": "",
         "the JPEG is cut short": text(photographs[0][:-20]),
         "not an image but text": text(b"not an image"),
-        "9000 x 9000 pixels; at most 64000000 in all are read": text(encode(Image.new("1", (9000, 9000)), "PNG")),
-        "the PNG is damaged or cut short": text(encode(Image.new("RGB", (50, 50)), "PNG")[:60]),
+        too_many: text(encode(Image.new("1", (9000, 9000)), "PNG")),
+        "the PNG is damaged or cut short: image file is truncated": text(
+            encode(Image.new("RGB", (50, 50)), "PNG")[:60]
+        ),
         "more than 1000000 bytes, the most that is taken": text(bytes(MAX_BYTES + 1)),
         "neither base64 nor a URL: Incorrect padding": "AAA",
         "neither base64 nor a URL: Only base64 data is allowed": "C:\\photograph.jpg",
