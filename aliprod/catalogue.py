@@ -5,7 +5,6 @@ writes it all in the layout of AliProducts; `packages` draws the pictures.
 """
 
 import json
-import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from numpy.random import default_rng
 
 from aliprod import InputError, csvfile, manifest
 from aliprod.packages import DEPARTMENTS, FLAVOURS, WORDS, path, photograph
+from aliprod.processors import available_cpus
 from aliprod.progress import progress
 
 TRUTH = [*manifest.COLUMNS, "true_class_id"]  # columns of truth.csv
@@ -150,7 +150,7 @@ def render(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         draft = Path(scratch) / folder.name
         draft.mkdir()
-        _fill(draft, plan, workers or os.cpu_count() or 1)
+        _fill(draft, plan, workers or available_cpus())
         (draft / mark.name).write_text(json.dumps(colophon, indent=1))
         draft.replace(folder)
     return csvfile.read(folder / "truth.csv", TRUTH)

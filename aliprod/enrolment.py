@@ -19,6 +19,7 @@ from aliprod.features import BATCH_SIZE, Features
 from aliprod.gallery import ENROLLED, Gallery
 from aliprod.images import Images, opened, reason
 from aliprod.model import Recogniser, Saved
+from aliprod.streams import plain
 
 SHRINKAGE = 0.3  # share of the within-class covariance that is made the same in all directions
 LEAST_SPREAD = 1e-4  # of unit directions within classes, all dimensions together; less is rounding, or one photograph
@@ -162,7 +163,7 @@ def listed(images: str, class_id: str = "", name: str = "", path: str = "") -> p
     class.
     """
     if class_id:
-        files = prediction.image_files(images)
+        files = _named_in_utf8(prediction.image_files(images))
         return pd.DataFrame({"file": files, "class_id": class_id, "name": name, "path": path})
     if name or path:
         raise InputError("name, path: they are of one class; give its class_id too")
@@ -170,11 +171,18 @@ def listed(images: str, class_id: str = "", name: str = "", path: str = "") -> p
         return manifest.read_files(images, ("class_id",), ("name", "path"))
     if prediction.kind(images) != "folder":
         raise InputError(f"images {images!r}: give a folder with a subfolder a class, a .csv, or class_id too")
-    files = prediction.image_files(images)
+    files = _named_in_utf8(prediction.image_files(images))
     folders = [Path(file).relative_to(images).parts for file in files]
     if loose := next((file for file, parts in zip(files, folders, strict=True) if len(parts) < 2), None):
         raise InputError(f"{loose}: in no subfolder of {images}, whose names are the classes; or give class_id")
     return pd.DataFrame({"file": files, "class_id": [parts[0] for parts in folders], "name": "", "path": ""})
+
+
+def _named_in_utf8(files: list[str]) -> list[str]:
+    """The same; InputError at a file whose name, or a folder's on the way, no table can hold."""
+    if wrong := next((file for file in files if plain(file) != file), None):
+        raise InputError(f"'{plain(wrong)}': the name is not UTF-8; give it another")
+    return files
 
 
 def _gallery(saved: Saved) -> Gallery:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from aliprod import InputError, first_line
 from aliprod.images import Images, Preprocessing
+from aliprod.processors import available_cpus
 
 BATCH_SIZE = 32  # images; larger ones are no faster on a processor
 
@@ -21,12 +22,12 @@ class Exported:
     """An exported file: images (B, 3, S, S) uint8 RGB -> confidences (B, C) and embeddings (B, D), float32.
 
     `classes` has class_id, name, path by label; `metadata` is what the file says of itself, name -> text. `threads` is
-    their number, 0 for as many as there are cores. InputError if the file is none that this project exported.
+    their number, 0 for as many as can run at once. InputError if the file is none that this project exported.
     """
 
     def __init__(self, path: str | Path, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)):
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or available_cpus()
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
             self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map

@@ -55,7 +55,6 @@ def photographs(folder: str | Path) -> tuple[list[str], str]:
 def _what(entry: os.DirEntry[str]) -> str:
     """Whether it is a "folder", a "picture" or, in a few words, what else."""
     try:
-        entry.name.encode()
         if entry.name.startswith(".") or entry.name.lower() in HIDDEN:
             return "hidden"
         if entry.is_dir():
@@ -66,8 +65,6 @@ def _what(entry: os.DirEntry[str]) -> str:
             return "picture"
         with images.opened(entry.path) as file:
             return "picture" if formats.is_picture(file.read(formats.HEAD)) else "not an image"
-    except UnicodeEncodeError:
-        return "not named in UTF-8"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 

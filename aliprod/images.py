@@ -25,6 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from aliprod import InputError, formats
+from aliprod.processors import available_cpus
 
 if TYPE_CHECKING:  # exported models read photographs where there is no torch
     import torch
@@ -205,7 +206,7 @@ class Images:
         self.seed = seed
         self.max_corrupt_share = max_corrupt_share
         self.max_pixels = max_pixels or limit("ALIPROD_MAX_PIXELS", MAX_PIXELS)
-        self.workers = workers or os.cpu_count() or 1
+        self.workers = workers or available_cpus()
         self.corrupt: dict[int, str] = {}
         self.passing: set[int] = set()
 

@@ -1,7 +1,6 @@
 """Predictions: the one table that metrics, cleaning, reports and inference read."""
 
 import contextlib
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from aliprod.hierarchy import Tree
 from aliprod.images import Images
 from aliprod.model import Recogniser, Saved, autocast
 from aliprod.progress import progress
+from aliprod.streams import plain
 from aliprod.taxonomy import Levels
 
 TOP = 5  # answers kept for each photograph
@@ -178,7 +178,8 @@ def _certain(saved: Saved, answers: pd.DataFrame, sure: float) -> pd.DataFrame:
 
 def image_files(images: str) -> list[str]:
     """The files meant by a folder (all pictures in it, at any depth), a .csv with a column `file` (relative to where
-    the CSV lies), or paths separated by spaces (quoted as in a shell where they hold some). InputError if none.
+    the CSV lies), or paths separated by spaces (quoted as in a shell where they hold some), by whatever bytes they are
+    named. InputError if none.
 
     Prints a line on what a folder holds beside pictures.
     """
@@ -195,8 +196,6 @@ def image_files(images: str) -> list[str]:
         raise InputError("; ".join(filter(None, [f"images {images}: no images there", left_out])))
     if left_out:
         print(left_out, flush=True)
-    if strange := [file for file in found if not file.isascii() and file != os.fsencode(file).decode(errors="replace")]:
-        raise InputError(f"images: {strange[0]!r}: its name is not UTF-8, which no table could hold; rename it")
     return found
 
 
@@ -209,7 +208,7 @@ def kind(path: str) -> str:
 
 def wide(files: list[str], answers: pd.DataFrame) -> pd.DataFrame:
     """What `recognise` gives as one flat row a file: file, class_id, name, path, confidence, class_id_2 ... error."""
-    columns: dict[str, Any] = {"file": files}
+    columns: dict[str, Any] = {"file": [plain(file) for file in files]}
     names = {"class_ids": "class_id", "names": "name", "paths": "path", "confidences": "confidence"}
     for place in range(answers["class_ids"].str.len().max()):
         for source, name in names.items():

@@ -12,6 +12,9 @@ class progress(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any):
         file = sys.stderr
+        if file is None or file.closed:
+            super().__init__(*args, disable=True, **kwargs)
+            return
         patience = 0.1 if file.isatty() else 30  # seconds before the first line and between two
         super().__init__(*args, file=file, mininterval=patience, delay=patience, leave=False, **kwargs)
 

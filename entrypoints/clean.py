@@ -2,18 +2,20 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from aliprod import InputError, recipe
 from aliprod.parameters import paths
 from entrypoints.command import command, data_folder_of
+from entrypoints.places import Within
 from tracking import cleanings, copies, runs, steps, storage
 from tracking.models import load
 
 
 def main(
     models: str, data: str, manifest: str, rule: str, min_accuracy: float, votes: int, folds: int, least: int,
-    max_dropped_share: float | Literal[""], min_judge_map: float, precision: str, output: str, seed: int, work: Path,
+    max_dropped_share: float | Literal[""], min_judge_map: float, precision: str,
+    output: Annotated[str, Within("reliable_train.csv")], seed: int, work: Path,
 ) -> None:  # fmt: skip
     """models: one or more; data: a folder, or demo, else the one that they were trained on; manifest: of it, what to
     clean; rule: misclassified (with min_accuracy), disagreement (with votes) or confident; folds: of cross-fitting;

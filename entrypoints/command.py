@@ -4,13 +4,15 @@ import argparse
 import inspect
 import os
 import sys
+import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
-from aliprod import InputError, catalogue, interruption, sharing
+from aliprod import InputError, catalogue, interruption, sharing, streams
+from entrypoints import places
 from tracking import copies, reach, storage
 
 if TYPE_CHECKING:
@@ -34,11 +36,17 @@ def command(main: Callable[..., None]) -> None:
     A user's mistake, or a server that is away, ends in one line and exit status 2, a stop in one line and 130; else 0
     or a traceback.
     """
+    with streams.unfailing():
+        _run(main)
+
+
+def _run(main: Callable[..., None]) -> None:
     interruption.raise_on_signals()
     reach.prepare()
     parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
     parser.names = list(inspect.signature(main).parameters)
-    for name, parameter in inspect.signature(main).parameters.items():
+    parameters = inspect.signature(main).parameters
+    for name, parameter in parameters.items():
         required = parameter.default is inspect.Parameter.empty
         parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
     try:
@@ -47,7 +55,8 @@ def command(main: Callable[..., None]) -> None:
 
             runs.claim(Path(sys.argv[0]).stem)
         given = vars(parser.parse_args(_paired(sys.argv[1:], parser.names)))
-        for name, parameter in inspect.signature(main).parameters.items():
+        given = places.place(given, {name: parameter.annotation for name, parameter in parameters.items()})
+        for name, parameter in parameters.items():
             _check(name, given[name], parameter.annotation)
         if "work" in given:
             sharing.open_to_group(Path(given["work"]))
@@ -80,10 +89,9 @@ def _paired(arguments: list[str], names: list[str]) -> list[str]:
 
 def _check(name: str, text: str | None, kind: Any) -> None:
     """InputError if a parameter's value cannot be what it is for, whatever that is."""
-    try:
-        str(text).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{name} {text!r}: must be UTF-8") from None
+    if streams.plain(str(text)) != str(text) and name != "images":  # which are read whatever they are called
+        raise InputError(f"{name} {text!r}: must be UTF-8")
+    kind = (typing.get_args(kind) or (kind,))[0]
     if kind is Path and not text:
         raise InputError(f"{name} {text!r}: must be the path of a file or folder")
     if kind is Path and storage.is_address(text):
@@ -114,6 +122,8 @@ def data_folder(data: str, work: Path) -> Path:
         if not path.is_dir():
             raise InputError(f"data {data!r}: no folder {path} (relative paths start at the project's folder)")
         return path
+    if Path("demo", "train.json").exists():
+        print("data: demo is the demo catalogue; the folder here that is called so is ./demo", flush=True)
     catalogue.render(work / "demo")
     return (work / "demo").resolve()
 

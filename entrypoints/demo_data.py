@@ -1,13 +1,15 @@
 """Renders the demo catalogue."""
 
 from pathlib import Path
+from typing import Annotated
 
 from aliprod import catalogue
 from entrypoints.command import command
+from entrypoints.places import Within
 
 
 def main(
-    output: Path, departments: int, categories: int, brands: int, products: int,
+    output: Annotated[Path, Within("demo")], departments: int, categories: int, brands: int, products: int,
     images: int, imbalance: float, val_images: int, noise: float, size: int, seed: int,
 ) -> None:  # fmt: skip
     """output: a new folder; departments, categories, brands, products: branches at each level of the tree; images:

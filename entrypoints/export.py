@@ -1,14 +1,23 @@
 """Writes a model as ONNX, for fp32 and with a data folder for int8, checked against torch on photographs."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import PositiveFloat, PositiveInt
 
 from entrypoints.command import command, data_folder_of
+from entrypoints.places import Within
 from tracking import models, runs
 
 
-def main(model: str, data: str, output: Path, limit: PositiveInt, tolerance: PositiveFloat, work: Path) -> None:
+def main(
+    model: str,
+    data: str,
+    output: Annotated[Path, Within("model.onnx")],
+    limit: PositiveInt,
+    tolerance: PositiveFloat,
+    work: Path,
+) -> None:
     """model: newest, a run id, an MLflow URI or a saved folder; data: a folder, or demo, else no int8: it is calibrated
     on train photographs, and both are compared with torch on val photographs; output: the .onnx to write; limit: of the
     photographs compared; tolerance: the largest difference from torch that fp32 may have; work: for what waits to be

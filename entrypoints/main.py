@@ -6,7 +6,7 @@ from aliprod import interruption, report
 from aliprod.parameters import paths
 from aliprod.recipe import override, read, scaled
 from entrypoints.command import Minutes, command, data_folder, recipe_path
-from tracking import copies, pipeline, runs
+from tracking import copies, origin, pipeline, runs
 
 
 def main(recipe: str, data: str, scale: float, overrides: str, promote: bool, minutes: Minutes, work: Path) -> None:
@@ -33,7 +33,7 @@ def main(recipe: str, data: str, scale: float, overrides: str, promote: bool, mi
         except KeyboardInterrupt:
             raise KeyboardInterrupt("; the same command goes on, and reuses what is finished") from None
     print(report.markdown(table.drop(columns="Run")))
-    print(f"run:       {parent.id}\nbrowse:    make server")
+    print(f"run:       {parent.id}\nbrowse:    {origin.pages()}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from aliprod import csvfile
 from aliprod.assembly import device
 from aliprod.prediction import image_files, recognise, wide
 from entrypoints.command import command
+from entrypoints.places import Within
 from tracking import models, runs
 
 
 def main(
     model: str, images: str, top: PositiveInt, sure: Annotated[float, Field(ge=0, le=1)],
-    using: Literal["head", "gallery", "both"], output: Path, work: Path,
+    using: Literal["head", "gallery", "both"], output: Annotated[Path, Within("predictions.csv")], work: Path,
 ) -> None:  # fmt: skip
     """model: newest, a run id, an MLflow URI or a saved folder; images: a folder, a .csv with a column file, or
     files, separated by spaces; top: answers an image; sure: the probability below which the answer is a node further up

@@ -1,15 +1,17 @@
 """Turns a data folder's JSON into tables."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import NonNegativeInt
 
 from aliprod import csvfile, manifest, taxonomy
 from entrypoints.command import command, data_folder
+from entrypoints.places import Within
 from tracking import runs
 
 
-def main(data: str, output: Path, seed: NonNegativeInt, work: Path) -> None:
+def main(data: str, output: Annotated[Path, Within("tables")], seed: NonNegativeInt, work: Path) -> None:
     """data: a folder with train.json, val.json and perhaps test.json and product_tree.json, or demo; output: the
     folder for the tables; seed: of the choice that balances; work: for what waits to be sent."""
     folder = data_folder(data, work)

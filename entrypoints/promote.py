@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from entrypoints.command import command, data_folder_of
-from tracking import promotions, runs
+from tracking import origin, promotions, runs
 from tracking.models import load
 
 
@@ -28,7 +28,7 @@ def main(
     with runs.start("promote", work, {"candidates": candidates}) as run:
         verdicts = promotions.promote(run, ids, ground, limits, work, dry_run)
     print(promotions.markdown(verdicts, dry_run))
-    print(f"run:       {run.id}\nbrowse:    make server")
+    print(f"run:       {run.id}\nbrowse:    {origin.pages()}")
 
 
 if __name__ == "__main__":

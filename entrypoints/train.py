@@ -5,7 +5,7 @@ from pathlib import Path
 from aliprod import interruption
 from aliprod.recipe import override, read, replaced
 from entrypoints.command import Minutes, command, data_folder, recipe_path, refuse
-from tracking import copies, rounds, runs
+from tracking import copies, origin, rounds, runs
 
 
 def main(
@@ -28,10 +28,10 @@ def main(
             interruption.raise_on_signals(minutes)
             evaluation = rounds.train(run, job, work, resume)
         except KeyboardInterrupt:
-            again = runs.command("train", runs.experiment_of(run.id), resume=run.id, work=work)
+            again = origin.again("train", runs.experiment_of(run.id), resume=run.id, work=work)
             raise KeyboardInterrupt(f"; go on with: {again}") from None
     print(rounds.summary(run, evaluation))
-    print("browse:    make server")
+    print(f"browse:    {origin.pages()}")
 
 
 if __name__ == "__main__":

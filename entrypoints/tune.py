@@ -8,7 +8,7 @@ from pydantic import Field
 from aliprod import interruption
 from aliprod.recipe import read
 from entrypoints.command import Minutes, command, data_folder, recipe_path
-from tracking import studies
+from tracking import origin, studies
 
 
 def main(
@@ -40,7 +40,7 @@ def main(
         print(studies.tune(search, work))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command goes on where the study is") from None
-    print("browse:    make server")
+    print(f"browse:    {origin.pages()}")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def test_sockets_and_names_that_are_no_text_do_not_end_it(tmp_path):
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "s"))
         files, said = photographs(tmp_path)
-    assert [Path(file).name for file in files] == ["x.jpg"]
-    assert said.encode() and r"1 not named in UTF-8 (caf\udce9.jpg)" in said and "1 a pipe or a device (s)" in said
+    assert [os.fsencode(Path(file).name) for file in files] == [b"caf\xe9.jpg", b"x.jpg"]
+    assert said.encode() and "1 a pipe or a device (s)" in said
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

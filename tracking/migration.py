@@ -14,7 +14,7 @@ from mlflow.store.db.utils import _is_empty_database, _safe_initialize_tables, _
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import Connection, Engine, MetaData, Table, func, insert, inspect, select, text, update
 
-from aliprod import InputError
+from aliprod import InputError, streams
 from tracking import server, storage
 from tracking.parts import Died
 
@@ -138,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with streams.unfailing():
+        main()

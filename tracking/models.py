@@ -116,10 +116,10 @@ def load(name: str) -> "Saved":
 def fetch(name: str) -> Path:
     """The saved folder of a model named by a folder, a run id, runs:/..., models:/..., another MLflow URI or "newest".
 
-    InputError says what was looked for and not found.
+    A folder that is called as a run, or newest, is ./newest. InputError says what was looked for and not found.
     """
     local = Path(name)
-    if not name or not local.is_dir():
+    if re.fullmatch("newest|[0-9a-f]{32}|", name) or not local.is_dir():
         store.ready()
         try:
             local = download(artifact_uri=_uri(name))

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from aliprod import InputError, csvfile, first_line, interruption, manifest
 from aliprod.lettering import Figure
-from tracking import reach, store
+from aliprod.streams import plain
+from tracking import origin, reach, store
 from tracking.spool import Spool, insistent, send_waiting
 from tracking.store import away
 
@@ -51,7 +51,7 @@ class Run:
 
     def tags(self, values: dict[str, Any]) -> None:
         """Tags; keys without a dot of their own get the project's prefix."""
-        self.spool.put("tags", values={_key(key): str(value) for key, value in values.items()})
+        self.spool.put("tags", values={_key(key): plain(str(value)) for key, value in values.items()})
 
     def params(self, values: dict[str, Any]) -> None:
         """Parameters."""
@@ -146,7 +146,7 @@ class Run:
         """Closes the run as FINISHED, FAILED or KILLED."""
         self.spool.put("end", status=status, time=_now())
         if not self.spool.close():
-            send = command("send", work=self.folder.parents[1])
+            send = origin.again("send", work=self.folder.parents[1])
             print(f"the tracking server is away: run {self.id} waits in {self.folder} for `{send}`")
 
     def _artifact_path(self, name: str) -> Path:
@@ -283,13 +283,6 @@ def line(error: BaseException) -> str:
     return reach.shown(" ".join(text.split()))
 
 
-def command(entry: str, experiment: str = "", **parameters: object) -> str:
-    """The line that runs an entry point, as it can be pasted into a shell; `experiment` is a name."""
-    words = ["mlflow", "run", ".", "-e", entry, "--env-manager", "local"]
-    words += ["--experiment-name", experiment] if experiment else []
-    return shlex.join(words + [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")])
-
-
 def experiment_of(run_id: str) -> str:
     """The name of the experiment that a run is in; "" if there is no such run, or no server to say."""
     client = MlflowClient()
@@ -314,7 +307,7 @@ def git_state() -> str:
     git."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace")
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"

@@ -5,12 +5,14 @@ import threading
 
 import mlflow
 import pandas as pd
+import torch
 from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from aliprod import InputError, model, prediction
 from aliprod.intake import Limits
+from aliprod.processors import available_cpus
 
 
 class ServedRecogniser(PythonModel):
@@ -22,6 +24,7 @@ class ServedRecogniser(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Reads the saved model that was logged with this file, and the limits from the environment."""
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))  # a container's quota it does not know
         self.saved = model.load(context.artifacts["model"])
         self.limits = Limits.read(os.environ)
         self.turn = threading.Lock()

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from aliprod import InputError, interruption
+from aliprod import InputError, interruption, streams, surroundings
 from tracking import reach
 from tracking.parts import Died, Part, answers, free_port, part
 
@@ -49,9 +49,9 @@ def read_secrets(folder: Path) -> dict[str, str]:
     if not path.exists():
         made = {name: secrets.token_hex(24) for name in SECRETS}
         folder.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.writelines(f"{name}={value}\n" for name, value in made.items())
-    return dict(line.split("=", 1) for line in path.read_text().splitlines() if line)
+    return dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if line)
 
 
 @contextlib.contextmanager
@@ -71,8 +71,8 @@ def postgresql(folder: Path) -> Iterator[tuple[Part, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     made = pgserver.get_server(data, start=False)
     made.ensure_pgdata_inited()
-    (data / "pg_hba.conf").write_text("local all all peer map=team\n")
-    (data / "pg_ident.conf").write_text(f'team "{getpass.getuser()}" postgres\n')
+    (data / "pg_hba.conf").write_text("local all all peer map=team\n", encoding="utf-8")
+    (data / "pg_ident.conf").write_text(f'team "{getpass.getuser()}" postgres\n', encoding="utf-8")
     tools, to = made.bin_path, ["-h", str(data), "-U", "postgres"]
     command = [str(tools / "postgres"), "-D", str(data), "-k", str(data), "-c", "listen_addresses="]
     as_user = {"user": made.system_user, "group": made.system_user, "extra_groups": []} if made.system_user else {}
@@ -114,7 +114,8 @@ def team(folder: Path, port: int, hosts: list[str], workers: int) -> Iterator[li
         except OSError as error:
             raise InputError(f"port {port}: {error.strerror}") from None
     with postgresql(folder) as (database, uri), s3(folder, known) as (store, endpoint):
-        (folder / "auth.ini").write_text(AUTH.format(uri=uri.format("mlflow_auth").replace("%", "%%")))
+        settings = AUTH.format(uri=uri.format("mlflow_auth").replace("%", "%%"))
+        (folder / "auth.ini").write_text(settings, encoding="utf-8")
         environment = os.environ | known | {
             "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
             "MLFLOW_S3_ENDPOINT_URL": endpoint,
@@ -171,4 +172,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    surroundings.prepare()
+    with streams.unfailing():
+        main()

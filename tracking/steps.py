@@ -1,5 +1,6 @@
 """Steps of a recipe in the store: which run an earlier step is, what it left, and what its result depends on."""
 
+import functools
 import hashlib
 import json
 import re
@@ -21,26 +22,38 @@ def resolve(name: str, recipe: str, data: str, done: dict[str, str]) -> str:
     """What `name`, an init, manifest or model in a row of `recipe`, stands for: a run's id, or `name` itself.
 
     A step, `step` or `recipe/step`, is the run in `done` (recipe/step -> run id), else the newest finished one of that
-    name on the data of digest `data`, "" being any; newest is the newest run that logged a model, unless `done` says
-    which. InputError where there is none.
+    name on the data of digest `data`, "" being any; that is preferred to a file or folder here of that name, and a line
+    says so. newest is the newest run that logged a model, unless `done` says which. InputError where there is none.
     """
     if name == NEWEST:
         run_id = done.get(NEWEST) or models.newest({}, of_model=True)
         if not run_id:
             raise InputError(f"{name!r}: no finished run has logged a model yet")
         return run_id
-    if not is_step(name):
+    if not _may_be_step(name):
         return name
     of, _, step = name.rpartition("/")
     of = of or recipe
     tags = {"aliprod.recipe": of, "aliprod.round": step} | ({"aliprod.data": data} if data else {})
-    return done.get(f"{of}/{step}") or models.newest(tags) or name
+    run_id = done.get(f"{of}/{step}") or models.newest(tags)
+    if run_id and Path(name).exists():
+        _say_preferred(name, f"{of}/{step}")
+    return run_id or name
+
+
+@functools.cache  # a step is asked for more than once
+def _say_preferred(name: str, step: str) -> None:
+    print(f"{name!r} is the step {step}; what lies here and is called so is ./{name}", flush=True)
 
 
 def is_step(name: str) -> bool:
     """Whether `name` can only be a step's: it is no word, no file, no run's id and no URI."""
-    known = name in RESERVED or re.fullmatch("[0-9a-f]{32}", name) or Path(name).exists()
-    return not known and not re.match(r"\w+:/", name) and re.fullmatch(r"(.+/)?[\w.-]+", name) is not None
+    return _may_be_step(name) and not Path(name).exists()
+
+
+def _may_be_step(name: str) -> bool:
+    known = name in RESERVED or re.fullmatch("[0-9a-f]{32}", name) or re.match(r"\w+:/", name)
+    return not known and re.fullmatch(r"(.+/)?[\w.-]+", name) is not None
 
 
 def table(name: str, recipe: str, data: Path, done: dict[str, str]) -> str:

@@ -28,6 +28,7 @@ from botocore.exceptions import HTTPClientError as BrokenConnection
 from aliprod import InputError
 from aliprod.atomic import replacing
 from aliprod.progress import progress
+from aliprod.streams import plain
 from tracking import reach
 
 PARALLEL = 16  # objects at a time
@@ -301,8 +302,14 @@ def _files(source: Path, name: str) -> Iterator[tuple[Path, str]]:
         if here == source:
             last = paths
         else:
-            yield from ((path, slashed(name) + path.relative_to(source).as_posix()) for path in paths)
-    yield from ((path, slashed(name) + path.relative_to(source).as_posix()) for path in last)
+            yield from ((path, slashed(name) + _utf8(path.relative_to(source).as_posix())) for path in paths)
+    yield from ((path, slashed(name) + _utf8(path.relative_to(source).as_posix())) for path in last)
+
+
+def _utf8(key: str) -> str:
+    if plain(key) != key:
+        raise InputError(f"'{plain(key)}': the name is not UTF-8, as names in a store must be")
+    return key
 
 
 def _raised(error: OSError) -> NoReturn:

@@ -21,7 +21,7 @@ from aliprod.model import load_head
 from aliprod.recipe import Round
 from aliprod.space import Tuning
 from aliprod.tuning import Study, Trial
-from tracking import copies, rounds, runs, steps
+from tracking import copies, origin, rounds, runs, steps
 from tracking.runs import Run
 
 PAGE = """<!doctype html>
@@ -192,7 +192,7 @@ def _conclude(study: Study, search: Search, parent: Run, work: Path) -> str:
     row = row.model_copy(update={name: _elsewhere(getattr(row, name), search.recipe) for name in ("init", "manifest")})
     title = f"{objective} {score:.4f} on val, trial {number} of study {study.name}"
     file = work / "best.toml"
-    command = runs.command("train", recipe=file, data=search.data)
+    command = origin.again("train", recipe=file, data=search.data)
     text = f"# {search.recipe}/{row.name}, tuned: {title}.\n#\n#   {command}\n\n{recipe.to_toml(row)}"
     with replacing(file) as beside:
         beside.write_text(text, encoding="utf-8")
