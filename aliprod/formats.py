@@ -31,7 +31,7 @@ READ: dict[str, tuple[bytes, Callable]] = {
     "WEBP": (rb"RIFF.{4}WEBP", WebPImagePlugin.WebPImageFile),
     "GIF": (rb"GIF8[79]a", GifImagePlugin.GifImageFile),
     "BMP": (rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", BmpImagePlugin.BmpImageFile),
-    "TIFF": (rb"II(?:\*\0|\+\0\x08\0)|MM(?:\0\*|\0\+\0\x08)", TiffImagePlugin.TiffImageFile),
+    "TIFF": (rb"(?!.{8}CR\x02)(?:II(?:\*\0|\+\0\x08\0)|MM(?:\0\*|\0\+\0\x08))", TiffImagePlugin.TiffImageFile),
     "AVIF": (_FTYP + rb"avi[fs]", AvifImagePlugin.AvifImageFile),
     "JPEG2000": (rb"\xff\x4f\xff\x51|\0{3}\x0cjP  \r\n\x87\n", Jpeg2KImagePlugin.Jpeg2KImageFile),
     "PPM": (rb"P[1-6](?:\s|#[^\n]*\n)+\d", PpmImagePlugin.PpmImageFile),
@@ -79,8 +79,6 @@ SUFFIXES = {suffix for suffix, form in Image.EXTENSION.items() if form in READ o
 
 def read_as(head: bytes) -> str:
     """The name in READ of the format that begins so, "" if it is none of them."""
-    if _named(head, UNREAD):
-        return ""
     return next((name for name, (pattern, _) in READ.items() if re.match(pattern, head[:HEAD], re.DOTALL)), "")
 
 

@@ -401,22 +401,23 @@ def _is_deep(jpeg2000: bytes) -> bool:
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a JPEG; the others stand inside the compressed data
 
 
-def _markers(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
-    """Every marker with the content of its segment, down to the end marker. Thumbnails, and films that telephones
-    append, have their own."""
-    at = 2
+def _markers(jpeg: bytes) -> list[tuple[int, int]]:
+    """Every marker and where its segment begins, down to the end marker. Thumbnails, and films that telephones append,
+    have their own."""
+    markers, at = [], 2
     while marker := _MARKER.search(jpeg, at):
-        length = int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
-        yield marker[0][1], jpeg[marker.end() + 2 : marker.end() + length]
-        if marker[0] == b"\xff\xd9":
-            return
-        at = marker.end() + length  # past the segment
+        at = marker.end()
+        markers.append((jpeg[at - 1], at))
+        if jpeg[at - 1] == END:
+            break
+        at += int.from_bytes(jpeg[at : at + 2], "big")  # past the segment
+    return markers
 
 
 def _refuse_kind(jpeg: bytes) -> None:
     """InputError if it is of a kind that is not read, rather than damaged."""
-    for code, content in _markers(jpeg):
+    for code, start in _markers(jpeg):
         if kind := JPEG_KINDS.get(code):
             raise InputError(f"{kind} JPEG is not read; convert to a usual one")
-        if code in FRAMES and content[:1] not in (b"", b"\x08"):
-            raise InputError(f"JPEG of {content[0]} bits is not read; convert to one of 8")
+        if code in FRAMES and jpeg[start + 2 : start + 3] not in (b"", b"\x08"):
+            raise InputError(f"JPEG of {jpeg[start + 2]} bits is not read; convert to one of 8")
