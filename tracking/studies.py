@@ -193,6 +193,7 @@ def _conclude(study: Study, search: Search, parent: Run, work: Path) -> str:
     file = work / "best.toml"
     parameters = ("-P", f"recipe={file}", "-P", f"data={search.data}")
     command = shlex.join(["mlflow", "run", ".", "-e", "train", "--env-manager", "local", *parameters])
+    command = "\n#   ".join(command.splitlines())  # a path may hold a line break
     text = f"# {search.recipe}/{row.name}, tuned: {title}.\n#\n#   {command}\n\n{recipe.to_toml(row)}"
     with replacing(file) as beside:
         beside.write_text(text, encoding="utf-8")
