@@ -51,7 +51,9 @@ def options(**given: object) -> list[str]:
 
 
 def test_mlflow_run_trains_a_round_end_to_end(tiny, shop, store, tmp_path):
-    parameters = {"recipe": tiny, "data": shop, "work": tmp_path / "work", "overrides": "epochs=3 lr=2e-3"}
+    work = tmp_path / 'what? now #1 100%41 $HOME `x` "Lay\'s"\nplace'  # a name that is as it is for all who see it
+    overrides = "epochs=3 lr = 2e-3 samples_per_class=[1, 999]"
+    parameters = {"recipe": tiny, "data": shop, "work": work, "overrides": overrides}
     pairs = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
     command = ["mlflow", "run", str(ROOT), "-e", "train", "--env-manager", "local", "--experiment-name", "shop", *pairs]
     done = subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True, text=True)
@@ -67,7 +69,8 @@ def test_mlflow_run_trains_a_round_end_to_end(tiny, shop, store, tmp_path):
     assert names >= {"per_class.csv", "predictions.parquet", "select_list.csv", "recipe.toml", "figures"}
     figures = {Path(file.path).stem for file in store.list_artifacts(run.info.run_id, "figures")}
     assert figures == {"curves", "map_by_frequency", "confusion", "mistakes", "reliability", "trade_off", "tree"}
-    folder = tmp_path / "work" / "runs" / run.info.run_id
+    assert len(model.load(models.fetch(run.info.run_id)).classes) == 8
+    folder = work / "runs" / run.info.run_id
     assert not (folder / "refused.jsonl").exists() and not (folder / "checkpoints").exists()
     per_class = pd.read_csv(folder / "artifacts" / "per_class.csv", dtype={"class_id": str})
     assert per_class["accuracy"].mean() == pytest.approx(run.data.metrics["map"])

@@ -191,6 +191,11 @@ def test_every_way_of_asking_is_answered_alike(serving, saved, photographs, form
     assert answers["error"].eq("").all() and answers["class_ids"].str[0].nunique() > 1
 
 
+def test_mlflow_leaves_out_a_parameter_that_the_model_does_not_have(serving, photographs):
+    asked = table([text(photographs[0])])
+    same(ask(serving, asked | {"params": {"topk": 3}}), ask(serving, asked))
+
+
 def test_what_is_asked_for_is_answered(serving, saved, photographs):
     params = {"top": 3, "sure": 0.9, "embedding": True}
     answers = ask(serving, table([text(image) for image in photographs]) | {"params": params})
@@ -249,6 +254,8 @@ def test_a_bad_image_is_answered_alone(serving, saved, photographs, host):
         (table([""]) | {"params": {"top": 0}}, "top 0: must be at least 1"),
         (table([""]) | {"params": {"sure": 2.0}}, "sure 2.0: must be from 0 to 1"),
         (table([""]) | {"params": {"sure": float("nan")}}, "sure nan: must be from 0 to 1"),
+        (table([""]) | {"params": {"top": None}}, "top null: must have a value, or be left out for its default"),
+        (table([""]) | {"params": {"top": 2.5}}, "Invalid parameters found: {('top', "),
         (table([""]) | {"params": {"top": "many"}}, "Invalid parameters found: "),
         (table([""]) | {"params": [3]}, "Parameters must be a dictionary"),
         ({"dataframe_split": {"columns": ["picture"], "data": [[""]]}}, "Failed to enforce schema"),

@@ -226,16 +226,20 @@ def test_a_study_tells_its_whole_story_in_the_store(tuned, shop, store, tmp_path
 
 
 def test_a_study_goes_on_and_another_space_is_refused(tuned, shop, store):
-    search(tuned, shop, trials=2, name="mine", pruner="none")
-    search(tuned, shop, trials=4, name="mine", sampler="random", pruner="none")
-    trials = trials_of("sqlite:///work/studies.db", "mine")
+    work = Path("what? {now} 100%41 #1\nLay's")
+    search(tuned, shop, trials=2, name="mine", pruner="none", work=work)
+    search(tuned, shop, trials=4, name="mine", sampler="random", pruner="none", work=work)
+    (work / "studies.db").rename("mine.db")  # a path that needs no quoting
+    trials = trials_of("sqlite:///mine.db", "mine")
+    Path("mine.db").rename(work / "studies.db")
+    assert recipe.read(work / "best.toml").row("").name == "tiny" and not Path("what").exists()
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
     parents = store.search_runs(["1"], "tags.`aliprod.best_trial` != ''")
     assert len(parents) == 1 and parents[0].data.metrics["num_trials"] == 4
     text = Path(tuned).read_text()
     Path(tuned).write_text(text.replace("high = 4", "high = 3").replace("batch_size = 16", "batch_size = 8"))
     with pytest.raises(InputError) as caught:
-        search(tuned, shop, name="mine")
+        search(tuned, shop, name="mine", work=work)
     assert str(caught.value) == (
         "study 'mine' is about something else: batch_size was 16 and is 8; lr_step was 1 to 4 and is 1 to 3; "
         "give another name"
@@ -245,6 +249,7 @@ def test_a_study_goes_on_and_another_space_is_refused(tuned, shop, store):
         ({"sampler": "grid"}, "sampler 'grid': must be tpe or random"),
         ({"pruner": "asha"}, "pruner 'asha': must be hyperband or median or none"),
         ({"trials": 0}, "trials 0: must be at least 1"),
+        ({"storage": "postgresql+{x}://y"}, "storage "),
         ({"storage": "mysql://x"}, "storage 'mysql://x': must be postgresql://"),
         ({"storage": "postgresql://me:secret@127.0.0.1:1/none"}, "storage 127.0.0.1:1/none: "),
     ):

@@ -98,7 +98,7 @@ def form(folder: str, example: str) -> dict[str, Any]:
     """
     return {
         "python_model": str(ROOT / "tracking" / "served.py"),
-        "artifacts": {"model": folder},
+        "artifacts": {"model": Path(folder).resolve().as_uri()},  # of a path MLflow would take ? and # for a URI's
         "code_paths": [str(ROOT / "aliprod")],
         "signature": SIGNATURE,
         "input_example": pd.DataFrame({"image": [base64.b64encode(Path(example).read_bytes()).decode()]}),

@@ -35,6 +35,8 @@ class ServedRecogniser(PythonModel):
         """The answers; `params` are as of prediction.recognise. A mistake in them refuses the request."""
         images = list(model_input["image"])
         try:
+            if nulls := [name for name, value in (params or {}).items() if value is None]:
+                raise InputError(f"{nulls[0]} null: must have a value, or be left out for its default")
             if _MLFLOW_IS_IN_SERVING_ENVIRONMENT.get() and len(images) > self.limits.max_images:
                 raise InputError(f"{len(images)} images; a request may have {self.limits.max_images}")
             files, refused = self.limits.take(images)

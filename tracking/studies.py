@@ -193,6 +193,7 @@ def _conclude(study: Study, search: Search, parent: Run, work: Path) -> str:
     title = f"{objective} {score:.4f} on val, trial {number} of study {study.name}"
     file = work / "best.toml"
     command = origin.again("train", recipe=file, data=search.data)
+    command = "\n#   ".join(command.splitlines())  # a path may hold a line break
     text = f"# {search.recipe}/{row.name}, tuned: {title}.\n#\n#   {command}\n\n{recipe.to_toml(row)}"
     with replacing(file) as beside:
         beside.write_text(text, encoding="utf-8")
