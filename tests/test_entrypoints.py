@@ -112,7 +112,7 @@ def other_shop(shop, tmp_path, request) -> Path:
     """A data folder of the same class ids, of which one has another name, or stands elsewhere in the tree, or all."""
     shutil.copytree(shop, tmp_path / "other")
     tree = json.loads((shop / "product_tree.json").read_text())
-    leaf = tree
+    leaf = above = tree[0]
     while "children" in leaf:
         above, leaf = leaf, leaf["children"][0]
     if request.param == "one name":
@@ -120,8 +120,8 @@ def other_shop(shop, tmp_path, request) -> Path:
     elif request.param == "one path":
         above["name"] = "Elsewhere"
     else:
-        for child in tree["children"]:
-            child["name"] += " of another catalogue"
+        for root in tree:
+            root["name"] += " of another catalogue"
     (tmp_path / "other" / "product_tree.json").write_text(json.dumps(tree))
     return tmp_path / "other"
 

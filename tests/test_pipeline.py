@@ -19,6 +19,7 @@ from tracking import models, pipeline, registry, rounds, steps
 from tracking import runs as tracked
 
 ROOT = Path(__file__).parents[1]
+LEARNING = "epochs=8 lr=1e-2 image_size=96"  # enough to answer better than chance, which a classifier has to
 CLEAN = '\n[[clean]]\nname = "reliable"\nmodels = ["head"]\nmanifest = "train"\nleast = 3\n'
 CLEAN += "min_judge_map = 0.0 # it has seen eight photographs of a class twice\nmax_dropped_share = 1.0\n"
 
@@ -96,7 +97,7 @@ def test_the_last_step_promotes_the_best_of_each_and_the_table_says_why(recipes,
     asked = []
     answers = yardstick.answers
     monkeypatch.setattr(yardstick, "answers", lambda *given: asked.append(given) or answers(*given))
-    run(recipes, shop, promote=True)
+    run(recipes, shop, promote=True, overrides=LEARNING)
     assert len(asked) == 3, "the promotion takes what the rounds logged of their extractors"
     runs = {run.info.run_name: run for run in store.search_runs(["1"])}
     parent = runs["first+second"].info.run_id
@@ -117,7 +118,7 @@ def test_the_last_step_promotes_the_best_of_each_and_the_table_says_why(recipes,
     champion = registry.champion(registry.EXTRACTOR)
     assert champion.run_id == table["Run"].iloc[where]
     assert "there is no champion yet" in capsys.readouterr().out
-    run(recipes, shop, promote=True)
+    run(recipes, shop, promote=True, overrides=LEARNING)
     (again, _) = store.search_runs(["1"], "tags.mlflow.runName = 'first+second'")
     table = pd.read_csv(store.download_artifacts(again.info.run_id, "rounds.csv"), keep_default_na=False)
     (text,) = filter(None, table["Extractor"])
