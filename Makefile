@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach python,$(PYTHONS),$(shell $(python) -c 'import e
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 
-.PHONY: help demo test test-all test-bare test-lowest lint bench server team-server clean
+.PHONY: help demo test test-all test-bare bounds test-lowest lint bench server team-server clean
 
 help:     ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -14,7 +14,7 @@ demo: $(READY)     ## Render the demo catalogue, train its recogniser, say where
 	mlflow run . -e train --env-manager local --experiment-name demo
 
 test: $(READY)     ## Run the tests (about 5 minutes)
-	OMP_NUM_THREADS=1 pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 pytest -n logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 test-all: test     ## Run the slow tests too
 	pytest -m slow
@@ -22,7 +22,10 @@ test-all: test     ## Run the slow tests too
 test-bare:         ## Run make demo and make test in bare Debian 12 and 13 systems (root, debootstrap, 30 GB)
 	tests/bare.sh
 
-test-lowest:       ## Run the fast tests with the oldest packages that conda.yaml allows
+bounds: $(READY)   ## Resolve the lowest and the highest packages that conda.yaml allows, on every Python
+	pytest -m slow tests/test_environment.py
+
+test-lowest: $(READY) ## Run the fast tests with the oldest packages that conda.yaml allows
 	tests/lowest.sh
 
 lint: $(READY)     ## Check style and types

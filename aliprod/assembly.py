@@ -75,7 +75,7 @@ def contradictions(classes: pd.DataFrame, products: taxonomy.Taxonomy | None) ->
     for column in ("name", "path"):
         ours, theirs = classes[column], there[column]
         differs |= (ours != theirs) & (ours != "") & (theirs != "")
-    return classes.join(there[["name", "path"]], rsuffix="_there")[differs]
+    return classes.assign(name_there=there["name"], path_there=there["path"])[differs]
 
 
 def refuse_other_products(classes: pd.DataFrame, data: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Predictions: the one table that metrics, cleaning, reports and inference read."""
 
 import contextlib
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,8 @@ def image_files(images: str) -> list[str]:
         raise InputError("; ".join(filter(None, [f"images {images}: no images there", left_out])))
     if left_out:
         print(left_out, flush=True)
+    if strange := [file for file in found if not file.isascii() and file != os.fsencode(file).decode(errors="replace")]:
+        raise InputError(f"images: {strange[0]!r}: its name is not UTF-8, which no table could hold; rename it")
     return found
 
 

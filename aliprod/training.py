@@ -59,7 +59,7 @@ def train(
     row: Round,
     source: Images | Features,
     val: Images | Features | None,
-    folder: str | Path,
+    folder: str | Path | None,
     *,
     resume: bool = False,
     stop: threading.Event | None = None,
@@ -73,15 +73,19 @@ def train(
     was reported before it. When the round is complete the model holds the weights of the epoch with the highest
     MAP on `val` (without val: of the last), the moving average of them if the round asks for one. `levels` are those of
     the classes in the product tree, for rounds that use it.
+
+    Without `folder` nothing is kept, and `val` and `resume`, which need what is kept, must not be given.
     """
     assert source.labels is not None
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder) if folder else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     stop = stop or threading.Event()
     torch.manual_seed(row.seed)
     learner = _Learner(model, row, source, levels)
     state, sums = _State(), _EpochSums(len(source.rows), model.device)
     if resume:
+        assert folder
         state = _restore(folder, learner, sums, row)
         yield from (Report(**report) for report in state.reports)
     curve: list[dict[str, float]] = []
@@ -90,7 +94,8 @@ def train(
         report = Report(epoch=state.epoch, step=state.step, curve=list(curve), **scores)
         curve.clear()
         state.reports.append(asdict(report))
-        _save(folder, learner, sums, row, state)
+        if folder:
+            _save(folder, learner, sums, row, state)
         return report
 
     while state.epoch < row.epochs:
@@ -121,13 +126,16 @@ def train(
         better = not scores or scores["map"] > state.best
         if better:
             state.best = scores.get("map", state.best)
-            _write(folder / "best.pt", learner.kept.state_dict())
+            if folder:
+                _write(folder / "best.pt", learner.kept.state_dict())
         learnt = sums.scores()
         sums.clear()
         yield saved(train=learnt, val=scores, best=better)
         if stop.is_set() and state.epoch < row.epochs:
             return
-    model.load_state_dict(torch.load(folder / "best.pt", map_location=model.device, weights_only=True))
+    assert folder or not val
+    best = torch.load(folder / "best.pt", map_location=model.device, weights_only=True) if folder else None
+    model.load_state_dict(best or learner.kept.state_dict())
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

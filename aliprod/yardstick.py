@@ -23,6 +23,8 @@ CHUNK = 16384  # embeddings of the gallery at a time
 def served(saved: Saved, table: pd.DataFrame, data: str | Path, cache: str | Path) -> pd.DataFrame:
     """What a model that is served answers first to each photograph of `table`: its key and `answer`, a class id; those
     it can read. As prediction.recognise answers: in fp32, calibrated, what is enrolled fused with the head."""
+    if table.empty:
+        return table[manifest.COLUMNS].assign(answer="")
     whole, fuse = gallery.answering(saved, "both")
     images = Images(manifest.paths(table, data), None, saved.model.preprocessing)
     source = features.compute(saved.model, images, cache, "fp32")

@@ -7,7 +7,7 @@ from typing import Literal
 from aliprod import InputError, recipe
 from aliprod.parameters import paths
 from entrypoints.command import command, data_folder_of
-from tracking import cleanings, copies, runs, storage
+from tracking import cleanings, copies, runs, steps, storage
 from tracking.models import load
 
 
@@ -20,15 +20,16 @@ def main(
     least: rows small classes grow to; max_dropped_share, min_judge_map: what would drop more, or is judged by a weaker
     model, is refused; precision, output (a path or s3:// address), seed, work."""
     base = output.removesuffix(".csv")
-    if base.endswith("/") or Path(base).name in ("", ".", "..", "dropped"):
-        raise InputError(f"output {output!r}: must end in a file's name, and that not be dropped.csv")
-    name = re.sub(r"[^\w.-]", "_", Path(base).name)  # of the artifacts: MLflow takes no other characters
+    name = re.sub(r"[^\w.-]+", "-", base.rpartition("/")[2])  # of the artifacts: MLflow takes no other characters
+    if name in ("", ".", "..", "dropped"):
+        raise InputError(f"output {output!r}: must name a table, other than dropped.csv, which lists what was dropped")
     row = recipe.cleaning(
-        name=name, models=paths("models", models), manifest=manifest, rule=rule, min_accuracy=min_accuracy,
-        votes=votes, folds=folds, least=least, max_dropped_share=None if max_dropped_share == "" else max_dropped_share,
+        name=name, models=paths("models", models), manifest=manifest, rule=rule, min_accuracy=min_accuracy, votes=votes,
+        folds=folds, least=least, max_dropped_share=None if max_dropped_share == "" else max_dropped_share,
         min_judge_map=min_judge_map, precision=precision, seed=seed,
     )  # fmt: skip
-    folder = data_folder_of(map(load, row.models), data, work)
+    judges = [] if data else [load(steps.resolve(name, "", "", {})) for name in row.models]
+    folder = data_folder_of(judges, data, work)  # what is given is compared with the judges by the cleaning itself
     with runs.start(f"clean {rule}", work) as run:
         scores = cleanings.clean(run, "", copies.tables_here(row, work), folder, work, {})
     files = (run.folder / "artifacts" / f"{row.name}{suffix}" for suffix in (".json", ".csv"))

@@ -155,3 +155,5 @@ def _note(status: int, line: str) -> None:
         from tracking import runs
 
         runs.close_unopened(line, "KILLED" if status == 130 else "FAILED")
+        if status == 130:
+            runs.stay_killed()

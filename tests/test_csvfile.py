@@ -2,15 +2,29 @@
 
 import codecs
 import json
+import os
 import random
 import re
 import unicodedata
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from aliprod import InputError, assembly, csvfile, enrolment, manifest, metrics, model, recipe, taxonomy, textfile
+from aliprod import (
+    InputError,
+    assembly,
+    csvfile,
+    enrolment,
+    manifest,
+    metrics,
+    model,
+    prediction,
+    recipe,
+    taxonomy,
+    textfile,
+)
 from aliprod.gallery import ENROLLED, Gallery
 
 NASTY = [
@@ -187,6 +201,15 @@ def test_half_a_character_is_refused_before_anything_is_made_of_it(tmp_path):
         manifest.read_json(tmp_path / "train.json")
     (tmp_path / "product_tree.json").write_text('{"1": ["a", "b\\ud83d\\uded2"]}')  # two halves are one
     assert taxonomy.read(tmp_path / "product_tree.json").names.tolist() == ["a", "b🛒"]
+
+
+def test_a_photograph_whose_name_no_table_could_hold_is_refused_before_any_work(tmp_path):
+    (tmp_path / "photographs" / "001").mkdir(parents=True)
+    for name in (b"a.jpg", "漢.jpg".encode(), b"\xff.jpg"):
+        Path(os.fsdecode(bytes(tmp_path) + b"/photographs/001/" + name)).touch()
+    for read in (enrolment.listed, prediction.image_files):
+        with pytest.raises(InputError, match=r"images: '.*udcff.jpg': its name is not UTF-8"):
+            read(str(tmp_path / "photographs"))
 
 
 def test_a_table_counts_as_written_only_if_it_comes_back(tmp_path):

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from aliprod import InputError, assembly, crossfit, manifest, metrics, model, recipe
-from entrypoints import clean, evaluate, predict, prepare, send, train
+from entrypoints import clean, evaluate, export, predict, prepare, send, train
 from entrypoints.command import command
 from tracking import models
 
@@ -94,6 +95,76 @@ def test_the_rounds_follow_one_another_and_are_evaluated_and_used(tiny, shop, st
     assert capsys.readouterr().out == "0 runs had something to send\n"
 
 
+@pytest.fixture
+def trained(row, shop, store, tmp_path) -> Path:
+    """A saved model, trained on `shop` as its configuration says."""
+    tables = assembly.tables(row, shop)
+    network = assembly.model(row, len(tables.classes), "random")
+    network.save(tmp_path / "model", tables.classes, tables.tree, {"data_folder": str(shop)})
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def other_shop(shop, tmp_path, request) -> Path:
+    """A data folder of the same class ids, of which one has another name, or stands elsewhere in the tree, or all."""
+    shutil.copytree(shop, tmp_path / "other")
+    tree = json.loads((shop / "product_tree.json").read_text())
+    leaf = tree
+    while "children" in leaf:
+        above, leaf = leaf, leaf["children"][0]
+    if request.param == "one name":
+        leaf["name"] = "Something else"
+    elif request.param == "one path":
+        above["name"] = "Elsewhere"
+    else:
+        for child in tree["children"]:
+            child["name"] += " of another catalogue"
+    (tmp_path / "other" / "product_tree.json").write_text(json.dumps(tree))
+    return tmp_path / "other"
+
+
+def test_a_model_is_evaluated_on_what_it_was_trained_on(trained, shop, store, capsys):
+    evaluate.main(str(trained), "", "val", "fp32", Path("work"))
+    assert f"data:      {shop} (what the model was trained on)" in capsys.readouterr().out
+    (run,) = store.search_runs(["1"])
+    assert run.data.params["data_folder"] == str(shop)
+    assert not Path("work/demo").exists()
+
+
+def test_the_run_says_what_a_model_of_before_was_trained_on(trained, shop, store, capsys):
+    run = store.create_run(store.create_experiment("before"))
+    store.log_param(run.info.run_id, "data_folder", str(shop))
+    config = json.loads((trained / "config.json").read_text())
+    config |= {"run_id": run.info.run_id, "data_folder": ""}
+    (trained / "config.json").write_text(json.dumps(config))
+    evaluate.main(str(trained), "", "val", "fp32", Path("work"))
+    assert f"data:      {shop} (what" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [("", "data: it is not known what the model was trained on"), ("/nowhere", "trained on /nowhere")],
+)
+def test_where_nobody_knows_what_a_model_was_trained_on_no_data_is_taken_for_it(trained, folder, why):
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"data_folder": folder, "run_id": "0" * 32}))
+    with pytest.raises(InputError, match=f"{why}.*; give a folder"):
+        evaluate.main(str(trained), "", "val", "fp32", Path("work"))
+
+
+@pytest.mark.parametrize("other_shop", ["one name", "one path", "all"], indirect=True)
+def test_data_whose_ids_are_of_other_products_is_refused(trained, other_shop, store):
+    why = f"data '{other_shop}': . of the model's 8 classes are other products there; the (name|path) of '0000"
+    with pytest.raises(InputError, match=why):
+        evaluate.main(str(trained), str(other_shop), "val", "fp32", Path("work"))
+    cleaned = ("train", "misclassified", 0.92, 2, 0, 5, "fp32", "out.csv", 0, Path("work"))
+    with pytest.raises(InputError, match=why):
+        clean.main(str(trained), str(other_shop), *cleaned)
+    with pytest.raises(InputError, match=why):
+        export.main(str(trained), str(other_shop), Path("out.onnx"), 10, 1e-3, Path("work"))
+    assert not Path("out.csv").exists() and not Path("out.onnx").exists()
+
+
 @pytest.mark.parametrize("kind", ["csv", "files"])
 def test_predict_takes_a_csv_or_files_and_lists_the_unreadable(row, shop, store, tmp_path, kind):
     tables = assembly.tables(row, shop)
@@ -136,37 +207,33 @@ def test_cleaning_writes_a_manifest_that_trains(tiny, shop, store, tmp_path, rul
     assert store.search_runs(["1"])[0].data.params["num_train"] == str(len(after))
 
 
-def test_a_cleaning_by_a_weak_judge_is_refused_and_leaves_no_manifest(tiny, shop, store, tmp_path, capsys):
-    train.main(**arguments(recipe=str(tiny), data=str(shop)))
-    judge = store.search_runs(["1"])[0].info.run_id
-    saved, table = models.load(judge), manifest.read(shop, "train")
-    classes = manifest.class_index(table)
-    fitted = crossfit.answers(saved, table, classes, shop, Path("work/features"), "fp32", 5, 0)
+def test_a_cleaning_by_a_weak_judge_is_refused_and_leaves_no_manifest(row, shop, store, tmp_path, capsys):
+    tables, judge = assembly.tables(row, shop), str(tmp_path / "judge")
+    made = assembly.model(row, len(tables.classes), "random")
+    made.save(Path(judge), tables.classes, tables.tree, {"round": row.model_dump()})
+    fitted = crossfit.answers(model.load(judge), tables.train, tables.classes, shop, "work/features", "fp32", 5, 0)
     score = metrics.mean_class_accuracy(fitted["label"].to_numpy(), fitted["pred"].to_numpy())
 
     output = tmp_path / "reliable train.csv"
-    given = {"models": judge, "data": shop, "manifest": "train", "rule": "misclassified", "min_accuracy": 0.92}
-    given |= {"votes": 2, "folds": 0, "least": 5, "max_dropped_share": "", "precision": "fp32", "output": output}
-    given |= {"seed": 0, "work": "work", "min_judge_map": score + 0.01}
+    given = {"models": judge, "data": str(shop), "manifest": "train", "rule": "misclassified", "min_accuracy": 0.92}
+    given |= {"votes": 2, "folds": 5, "least": 5, "precision": "fp32", "output": str(output), "seed": 0, "work": "work"}
     with pytest.raises(SystemExit) as stopped:
-        run_command("clean", options(**given))
+        run_command("clean", options(**given, max_dropped_share=0.0, min_judge_map=score + 0.01))
     said = capsys.readouterr()
     assert stopped.value.code == 2 and f"MAP of the judges, cross-fitted: {judge} {score:.4f}" in said.out
     assert f"judge {judge} has a MAP of {score:.4f}, cross-fitted, below min_judge_map" in said.err
+    assert "of the photographs dropped, more than max_dropped_share 0" in said.err
     run = store.search_runs(["1"])[0]
     assert run.info.status == "FAILED" and "below min_judge_map" in run.data.tags["aliprod.error"]
     assert run.data.metrics["judge_map"] == pytest.approx(score)
-    assert run.data.metrics["dropped_share"] == run.data.metrics["num_dropped"] / len(table)
+    share = run.data.metrics["num_dropped"] / len(tables.train)
+    assert run.data.metrics["dropped_share"] == pytest.approx(share)
     assert {file.path for file in store.list_artifacts(run.info.run_id)} == {"dropped.csv", "figures"}
     assert not output.exists() and not output.with_suffix(".json").exists()
 
-    dropped = run.data.metrics["num_dropped"] / len(table)
-    given |= {"data": str(shop), "output": str(output), "work": Path("work"), "min_judge_map": score - 0.01}
-    clean.main(**given | {"max_dropped_share": dropped})
-    assert "reliable_train: " in capsys.readouterr().out and output.exists()
-    with pytest.raises(InputError, match="max_dropped_share"):
-        clean.main(**given | {"max_dropped_share": dropped - 0.001, "output": "o.csv"})
-    assert not Path("o.csv").exists()
+    run_command("clean", options(**given, max_dropped_share=share, min_judge_map=score - 0.01))
+    assert "\nreliable-train: " in capsys.readouterr().out and output.exists()
+    assert store.search_runs(["1"])[0].info.status == "FINISHED"
 
 
 def test_a_round_that_is_right_on_all_of_val_is_finished_its_model_logged_first(row, store, tmp_path):
@@ -347,3 +414,75 @@ def test_a_mistake_is_one_line_and_exit_2(name, given, message, shop, store, cap
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert re.search(message, lines[0]), lines[0]
+
+
+PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+NUMBERS = [
+    (entry, name)
+    for entry in PROJECT
+    for name, about in PROJECT[entry]["parameters"].items()
+    if about["type"] == "float"
+]
+NEEDED = {"images": "x.jpg", "source": ".", "to": "s3://bucket/x", "data": "demo"}
+WORDS = [
+    ("main", "recipe"), ("main", "overrides"), ("train", "overrides"), ("tune", "overrides"), ("clean", "models"),
+    ("promote", "candidates"),
+]  # fmt: skip
+
+
+def refused(entry: str, given: dict[str, object], capsys: pytest.CaptureFixture) -> str:
+    """The one line with which an entry point refuses these parameters, its others being the defaults."""
+    defaults = {name: about.get("default", NEEDED.get(name)) for name, about in PROJECT[entry]["parameters"].items()}
+    with pytest.raises(SystemExit) as stopped:
+        run_command(entry, options(**defaults | given))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(("entry", "name"), NUMBERS)
+def test_a_number_that_cannot_be_is_refused_by_its_name(entry, name, shop, store, capsys):
+    for value in ("nan", "inf", "-inf", "1e400", "-1", "", "0x10", "1,5", "one"):
+        given = {name: value} | ({"data": shop} if "data" in PROJECT[entry]["parameters"] else {})
+        line = refused(entry, given, capsys)
+        assert re.search(rf"\b{name}\b.* ('{re.escape(value)}'|-1)", line), line
+
+
+@pytest.mark.parametrize(("entry", "name"), [("main", "minutes"), ("train", "minutes"), ("reap", "minutes")])
+def test_a_time_limit_that_no_clock_has_is_refused(entry, name, capsys):
+    assert re.match(r"minutes '1e308': .*less than or equal to 527040", refused(entry, {name: "1e308"}, capsys))
+
+
+@pytest.mark.parametrize("entry", PROJECT)
+def test_a_parameter_that_is_no_text_is_refused_by_its_name(entry, capsys):
+    for name in PROJECT[entry]["parameters"]:
+        assert refused(entry, {name: "a\udcff"}, capsys) == rf"{name} 'a\udcff': must be UTF-8"
+
+
+@pytest.mark.parametrize("entry", PROJECT)
+def test_a_place_is_not_nowhere(entry, capsys):
+    main = importlib.import_module(f"entrypoints.{entry}").main
+    for name in (name for name, kind in main.__annotations__.items() if kind is Path):
+        assert refused(entry, {name: ""}, capsys) == f"{name} '': must be the path of a file or folder"
+
+
+@pytest.mark.parametrize(("entry", "name"), WORDS)
+def test_an_open_quote_is_refused_by_the_name_of_its_parameter(entry, name, shop, store, capsys):
+    given = {name: "x=Lay's y=1"} | ({"data": shop} if "data" in PROJECT[entry]["parameters"] else {})
+    assert re.match(
+        rf"{name} .*Lay's.*(No closing quotation|not closed); what holds spaces", refused(entry, given, capsys)
+    )
+
+
+@pytest.mark.parametrize("output", ["", "work/", ".csv", "..", "s3://bucket/", "work/dropped.csv"])
+def test_clean_writes_to_a_file_and_says_so_by_the_parameters_name(output, shop, store, capsys):
+    line = refused("clean", {"output": output, "data": shop}, capsys)
+    assert re.match(rf"output '{re.escape(output)}': must name a table", line), line
+
+
+def test_values_that_begin_with_a_dash_are_values(store, tmp_path, capsys):
+    line = refused("evaluate", {"model": "--work", "split": "-x"}, capsys)
+    assert line.startswith("model '--work' not found")
+    with pytest.raises(SystemExit):
+        run_command("evaluate", ["--model"])
+    assert re.search("argument --model: expected one argument; parameters are model, data", capsys.readouterr().err)

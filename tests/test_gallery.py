@@ -424,13 +424,14 @@ def logged(shop_, store, tmp_path, monkeypatch) -> str:
     """Run id of the model, logged twice over and champion of the registry the second time."""
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     example = shop_.photographs()["file"][0]
-    over = None
     for _ in range(2):
         with runs.start("round", Path("work")) as run:
             shutil.copytree(shop_.folder, run.folder / "model")
             run.model(run.folder / "model", example, step=1)
         (output,) = store.get_run(run.id).outputs.model_outputs
-        over = registry.crown(output.model_id, over, {"round": "tiny"}, "", Path("work"))
+        for name in registry.NAMES:
+            over = registry.champion(name)
+            assert registry.crown(name, output.model_id, over, {"round": "tiny"}, "", Path("work"))
     return run.id
 
 
@@ -457,7 +458,7 @@ def test_an_enrolment_is_the_champions_next_version(shop_, logged, store, capsys
     assert aliases() == {registry.EXTRACTOR: {"champion": 2, "previous": 1},
                          registry.CLASSIFIER: {"champion": 3, "previous": 1}}  # fmt: skip
     version = store.get_model_version(registry.CLASSIFIER, "3")
-    assert version.tags["aliprod.extractor"] == "2" and version.tags["aliprod.enrolled"] == "1"
+    assert version.tags["aliprod.line"] == "2" and version.tags["aliprod.enrolled"] == "1"
     (output,) = store.search_runs(["1"], max_results=1)[0].outputs.model_outputs
     assert version.tags["aliprod.round"] == "tiny" and version.tags["aliprod.model"] == output.model_id
 
@@ -478,7 +479,7 @@ def test_an_enrolment_is_the_champions_next_version(shop_, logged, store, capsys
     assert found["name"][found["class_id"] == HELD[0]].eq("Tea").all()
     check_served_elsewhere(asked["file"].tolist(), tmp_path)
 
-    rollback.main(Path("work"))
+    rollback.main("", Path("work"))
     assert aliases() == {name: {"champion": 1, "previous": 1} for name in aliases()}
     carried = f"models:/{registry.CLASSIFIER}/4"
     enroll.main(CHAMPION, carried, "", "", "", Path("work"))  # what was enrolled on the one on the other

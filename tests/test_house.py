@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.metadata
 import inspect
 import re
 import subprocess
@@ -122,21 +121,6 @@ def test_every_import_is_in_the_one_list_of_dependencies():
     used = set().union(*map(roots, FILES)) - set(sys.stdlib_module_names) - set(PACKAGES)
     assert {distributions.get(name, name) for name in used} <= names
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["dependencies"]
-
-
-@pytest.mark.slow
-def test_uv_would_install_what_pip_installed(tmp_path):
-    environment = yaml.safe_load((ROOT / "conda.yaml").read_text())
-    listed = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
-    (tmp_path / "requirements.in").write_text("\n".join(listed))
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
-    asked = [sys.executable, "-m", "pip", "config", "list"]  # uv does not read pip's settings
-    settings = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
-    limits = re.findall(r"constraint='(.+)'$", settings, re.MULTILINE)
-    command += [word for path in limits for word in ("--constraint", path)]
-    resolved = subprocess.run([*command, str(tmp_path / "requirements.in")], check=True, capture_output=True, text=True)
-    pins = dict(line.split("==") for line in resolved.stdout.splitlines())
-    assert {name: importlib.metadata.version(name) for name in pins} == pins
 
 
 def test_mlflow_builds_the_environment_everyone_has():

@@ -1,5 +1,6 @@
 """Rounds one after the other: nested, tabled, reused when finished, continued when cut off, scaled to small data."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from aliprod import InputError, assembly, catalogue, features, manifest, metrics
 from aliprod.images import Images
 from entrypoints import main, train
 from entrypoints.command import recipe_path
-from tracking import models, pipeline, registry, steps
+from tracking import models, pipeline, registry, rounds, steps
+from tracking import runs as tracked
 
 ROOT = Path(__file__).parents[1]
 CLEAN = '\n[[clean]]\nname = "reliable"\nmodels = ["head"]\nmanifest = "train"\nleast = 3\n'
@@ -47,6 +49,11 @@ def test_rounds_and_cleanings_run_in_order_under_one_parent(recipes, shop, store
     assert [run.info.run_name for run in started] == ["first/tiny", "first/head", "first/reliable", "second/last"]
     table = pd.read_csv(store.download_artifacts(parent.info.run_id, "rounds.csv"))
     assert table["R"].tolist() == ["first/tiny", "first/head", "second/last"]
+    best = table.loc[table["MAP"].idxmax()]  # the parent's own scores are the best round's, whichever came last
+    assert (parent.data.metrics["gap"], parent.data.metrics["map"]) == (best["GAP"], best["MAP"])
+    assert parent.data.tags["aliprod.classifier"] == best["Run"]
+    curve = store.get_metric_history(parent.info.run_id, "rounds/map")
+    assert [(point.step, point.value) for point in curve] == list(zip((1, 2, 4), table["MAP"], strict=True))
     for shown in table.to_dict("records"):
         found = runs[shown["R"]].data
         assert shown["Run"] == runs[shown["R"]].info.run_id
@@ -85,7 +92,7 @@ def test_rounds_and_cleanings_run_in_order_under_one_parent(recipes, shop, store
     assert store.search_runs(["1"])[0].data.params["num_train"] == str(len(kept))
 
 
-def test_the_last_step_promotes_the_best_extractor_and_the_table_says_why(recipes, shop, store, monkeypatch, capsys):
+def test_the_last_step_promotes_the_best_of_each_and_the_table_says_why(recipes, shop, store, monkeypatch, capsys):
     asked = []
     answers = yardstick.answers
     monkeypatch.setattr(yardstick, "answers", lambda *given: asked.append(given) or answers(*given))
@@ -98,9 +105,16 @@ def test_the_last_step_promotes_the_best_extractor_and_the_table_says_why(recipe
     best = max(["first/tiny", "first/head", "second/last"], key=lambda name: runs[name].data.metrics["ncm_map"])
     said = f"promoted: best of 3 by nearest class mean MAP, {runs[best].data.metrics['ncm_map']:.4f}; "
     (where,) = np.flatnonzero(table["Extractor"] != "")
+    (answering,) = np.flatnonzero(table["Classifier"] != "")
+    assert table["Classifier"].iloc[answering].startswith("promoted: best of 3 by MAP as served, ")
+    assert table["MAP"].iloc[answering] == pytest.approx(table["MAP"].max(), abs=1e-6)
+    served = registry.champion(registry.CLASSIFIER)
+    assert served.run_id == table["Run"].iloc[answering] == runs["first+second"].data.tags["aliprod.classifier"]
+    own, round_ = runs["first+second"].data.metrics, store.get_run(served.run_id).data.metrics
+    assert (own["gap"], own["map"]) == (round_["gap"], round_["map"])
     assert table["Extractor"].iloc[where] == said + "there is no champion yet"
     assert table["NCM"].iloc[where] == table["NCM"].max()  # several rounds may share the best extractor
-    champion = registry.champion()
+    champion = registry.champion(registry.EXTRACTOR)
     assert champion.run_id == table["Run"].iloc[where]
     assert "there is no champion yet" in capsys.readouterr().out
     run(recipes, shop, promote=True)
@@ -108,7 +122,7 @@ def test_the_last_step_promotes_the_best_extractor_and_the_table_says_why(recipe
     table = pd.read_csv(store.download_artifacts(again.info.run_id, "rounds.csv"), keep_default_na=False)
     (text,) = filter(None, table["Extractor"])
     assert text.startswith("refused: best of 3") and text.endswith("it is the champion")
-    assert registry.champion().version == champion.version
+    assert registry.champion(registry.EXTRACTOR).version == champion.version
 
 
 def test_a_killed_pipeline_goes_on_to_the_result_of_one_that_was_not(recipes, shop, store, tmp_path, capsys):
@@ -153,6 +167,47 @@ def test_a_step_that_names_nothing_is_refused_before_anything_runs(recipes, shop
     with pytest.raises(InputError, match="second/last: 'first/reliable' is no step before it, no finished one"):
         run(recipes.split()[1], shop)
     assert [run.info.run_name for run in store.search_runs(["1"])] == ["second"]
+
+
+def test_two_recipes_of_one_name_are_refused(recipes, tmp_path):
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "first.toml", tmp_path / "other" / "first.toml")
+    with pytest.raises(InputError, match="recipe: 'first' is the name of more than one"):
+        pipeline.plan([recipe.read(path) for path in tmp_path.rglob("first.toml")])
+
+
+def log_model(row, shop: Path, name: str) -> str:
+    """Run id of an untrained model of the round `name`."""
+    tables = assembly.tables(row, shop)
+    network = assembly.model(row, len(tables.classes), "random")
+    with tracked.start(name, Path("work"), {"recipe": "o'brien", "round": name, "data": tables.data_digest}) as run:
+        network.save(run.folder / "model", tables.classes, tables.tree, {"run_id": run.id})
+        run.model(run.folder / "model", manifest.paths(tables.val, shop)[0], step=1)
+    return run.id
+
+
+def test_newest_is_what_it_stands_for_as_an_init_and_as_a_judge(row, shop, store):
+    judge = recipe.Cleaning(name="reliable", models=("newest",))
+    with pytest.raises(InputError, match="'newest': no finished run has logged a model yet"):
+        steps.resolve("newest", "first", "data", {})
+    keys = []
+    for seed, name in enumerate(("one", "two")):
+        run_id = log_model(row.model_copy(update={"seed": seed}), shop, name)
+        assert steps.resolve("newest", "first", "data", {}) == run_id
+        keys.append(steps.key(judge, "data", ["train", run_id]))
+        assert keys[-1] == steps.key(judge, "data", ["train", steps.resolve("newest", "first", "data", {})])
+        job = rounds.Job("first", row.model_copy(update={"init": "newest"}), str(shop))
+        saved = [models.load(source).model for source in (rounds.source_of(job, "data"), run_id)]
+        assert len(set(map(model.weights_digest, saved))) == 1
+    assert len(set(keys)) == 2
+    assert steps.resolve("newest", "first", "data", {"newest": "pinned"}) == "pinned"
+
+
+def test_a_round_is_found_in_a_recipe_whose_name_has_an_apostrophe(row, shop, store):
+    run_id, data = log_model(row, shop, "r"), manifest.digest(manifest.read(shop, "train"))
+    assert steps.resolve("r", "o'brien", data, {}) == run_id
+    assert steps.resolve("o'brien/r", "another", data, {}) == run_id
+    assert steps.resolve("r", "o_brien", data, {}) == "r"
 
 
 def test_the_order_is_that_of_the_recipes_with_cleanings_when_first_asked_for():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from aliprod import InputError
+from aliprod import InputError, recipe
 from aliprod.recipe import Round, override, read, to_toml
 
 SHIPPED = sorted((Path(__file__).parents[1] / "entrypoints" / "recipes").glob("*.toml"))
@@ -31,9 +31,9 @@ def refusal(tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_reads_and_survives_a_round_trip(path, tmp_path):
-    recipe = read(path)
-    assert recipe.name == path.stem
-    for row in recipe.rounds:
+    shipped = read(path)
+    assert shipped.name == path.stem
+    for row in shipped.rounds:
         again = tmp_path / f"{row.name}.toml"
         again.write_text(to_toml(row), encoding="utf-8")
         assert read(again).row("") == row
@@ -213,6 +213,45 @@ def test_a_cleaning_is_not_called_as_its_list_of_suspects(refusal):
 
 def test_a_cleaning_may_not_share_a_rounds_name(refusal):
     assert refusal(ROUND + '[[clean]]\nname = "a"\nmodels = ["a"]\n').startswith("names must differ: a stands")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field in ("init", "manifest", "models") for value in recipe.RESERVED],
+)
+def test_each_field_has_a_vocabulary_of_its_own(tmp_path, field, value):
+    allowed = {"init": ("imagenet", "random", "newest"), "manifest": ("train", "balanced"), "models": ("newest",)}
+    path = tmp_path / "words.toml"
+    written = f'["{value}"]' if field == "models" else f'"{value}"'
+    path.write_text((ROUND if field != "models" else ROUND + '[[clean]]\nname = "c"\n') + f"{field} = {written}\n")
+    if value in allowed[field]:
+        read(path)
+    else:
+        with pytest.raises(InputError, match=rf"{field} '{value}': is "):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", ["round", "clean"])
+@pytest.mark.parametrize("word", recipe.RESERVED)
+def test_no_step_is_called_as_one_of_the_words(refusal, kind, word):
+    fields = 'models = ["a"]\n' * (kind == "clean")
+    assert f"name {word!r}: no step can be called so" in refusal(f'{ROUND}[[{kind}]]\nname = "{word}"\n{fields}')
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ('[[round]]\nname = "b"\nmanifest = "a"\n', "round b: manifest 'a': is a [[round]], and leaves no manifest"),
+        ('[[round]]\nname = "b"\ninit = "c"\n', "round b: init 'c': is a [[clean]] step, and leaves no weights"),
+        ('[[clean]]\nname = "d"\nmodels = ["a", "c"]\n', "clean d: models 'c': is a [[clean]] step, and no model"),
+    ],
+)
+def test_what_names_a_step_of_the_other_kind_is_refused(refusal, lines, why):
+    assert why in refusal(ROUND + '[[clean]]\nname = "c"\nmodels = ["a"]\n' + lines)
+
+
+def test_a_manifest_may_be_a_step_of_a_recipe_whose_name_has_an_apostrophe():
+    assert Round(name="a", manifest="o'brien's best/reliable", init="o'brien's best/b")
 
 
 def test_a_triplet_round_needs_a_cosine_head_and_something_to_train():

@@ -140,20 +140,24 @@ def test_a_run_may_be_made_beside_another(store, tmp_path, monkeypatch):
         assert runs.experiment_of(run.id) == runs.EXPERIMENT
 
 
-@pytest.mark.parametrize("kind", ["artifact", "model"])
+@pytest.mark.parametrize("kind", ["artifact", "model", "part of a model"])
 def test_what_this_machine_does_not_keep_fails_the_run_with_the_path(store, tmp_path, monkeypatch, kind, capsys):
     if kind == "artifact":
         (tmp_path / "mlruns").unlink(missing_ok=True)
         (tmp_path / "mlruns").touch()  # as a checkout that may only be read: no folder can be made there
         expected = f"its artifact could not be kept: .*{tmp_path}/mlruns"
-    else:
+    elif kind == "model":
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # as one that is full
         expected = f"its model could not be kept: .*{tmp_path}/gone.*; it is in .*/model$"
+    else:
+        expected = "its model could not be kept: .*/model/lost.*; it is in .*/model$"
     with (
         pytest.raises(InputError, match=expected) as raised,
         runs.start("unkept", tmp_path / "work", monitored=False) as run,
     ):
         (tmp_path / "x.png").touch()
+        (run.folder / "model").mkdir()
+        (run.folder / "model" / "lost").symlink_to(tmp_path / "lost")
         run.text("a note", "note.txt") if kind == "artifact" else run.model(run.folder / "model", tmp_path / "x.png", 0)
     ended = store.get_run(run.id)
     assert ended.info.status == "FAILED" and ended.data.tags["mlflow.note.content"] == str(raised.value)

@@ -103,18 +103,10 @@ class Store:
 
     def start(self) -> None:
         environment = os.environ | {"RCLONE_AUTH_KEY": '"{},{}"'.format(*KEYS.values())}
-        command = [
-            "serve",
-            "s3",
-            "--addr",
-            f"127.0.0.1:{self.port}",
-            "--config",
-            os.devnull,
-            *self.options,
-            str(self.root),
-        ]
+        address = f"127.0.0.1:{self.port}"
+        command = ["serve", "s3", "--addr", address, "--config", os.devnull, *self.options, str(self.root)]
         with (self.root.parent / "rclone.log").open("ab") as log:
-            self.process = subprocess.Popen([RCLONE, *command, str(self.root)], env=environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen([RCLONE, *command], env=environment, stdout=log, stderr=log)
         while not parts.answers(f"http://127.0.0.1:{self.port}"):
             assert self.process.poll() is None
             time.sleep(0.05)
@@ -218,16 +210,16 @@ def test_a_large_file_goes_in_parts(s3, big, address, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "b.jpg").symlink_to("nowhere"), r"No such file or directory: '.*b\.jpg'"),
-        (lambda folder: (folder / "b.jpg").symlink_to("b.jpg"), r"Too many levels of symbolic links: '.*b\.jpg'"),
-        (lambda folder: (folder / "b.jpg").chmod(0), r"Permission denied: '.*b\.jpg'"),
+        (lambda folder: (folder / "deep" / "b.jpg").symlink_to("nowhere"), r"No such file or directory: '.*b\.jpg'"),
+        (lambda folder: (folder / "deep" / "b.jpg").symlink_to("b.jpg"), r"Too many levels of symbolic.*b\.jpg'"),
+        (lambda folder: (folder / "deep" / "b.jpg").chmod(0), r"Permission denied: '.*b\.jpg'"),
         (lambda folder: (folder / "loop").symlink_to(folder), "loop: a link to a folder that it lies in itself"),
         (lambda folder: (folder / "deep" / "loop").symlink_to(folder), "loop: a link to a folder that it lies in"),
     ],
     ids=["a link to nothing", "a link to itself", "a file of others", "a folder in itself", "deeper in itself"],
 )
 def test_an_upload_that_fails_says_which_file_and_why(s3, address, tmp_path, capsys, spoil, words):
-    for number in range(100):  # more than go at a time: what waits is called back
+    for number in range(100):  # more than go at a time: what is under way is called back
         path = tmp_path / "source" / "deep" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
@@ -235,8 +227,9 @@ def test_an_upload_that_fails_says_which_file_and_why(s3, address, tmp_path, cap
     if "Permission" in words:
         if os.geteuid() == 0:
             pytest.skip("root may read everything")
-        (folder / "b.jpg").touch()
+        (folder / "deep" / "b.jpg").touch()
     spoil(folder)
+    s3.proxy.pause = 0.05
     assert run_command("upload", {"source": folder, "to": address}) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(words, line), line
@@ -248,9 +241,10 @@ def test_a_store_that_takes_nothing_says_so(running, s3, big, tmp_path, capsys, 
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{store.port}")
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
     try:
-        for source, to in ((big, "s3://bucket/big.bin"), (big.parent / "shop", "s3://bucket/shop")):
-            (big.parent / "shop").mkdir(exist_ok=True)
-            (big.parent / "shop" / "a.jpg").write_bytes(b"x")
+        (tmp_path / "shop").mkdir()
+        for number in range(30):
+            (tmp_path / "shop" / f"{number}.jpg").write_bytes(b"x")
+        for source, to in ((big, "s3://bucket/big.bin"), (tmp_path / "shop", "s3://bucket/shop")):
             assert run_command("upload", {"source": source, "to": to}) == 2
             (line,) = capsys.readouterr().err.splitlines()
             assert re.match(rf"{to}.*: .+", line) and "TypeError" not in line, line

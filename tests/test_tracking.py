@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,15 +16,17 @@ import mlflow
 import pandas as pd
 import pytest
 import requests
+import sqlalchemy
 from botocore.exceptions import EndpointConnectionError
 from conftest import Server
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos import databricks_pb2
 
 from aliprod import InputError, assembly, manifest, model
 from aliprod.prediction import recognise
-from tracking import models, runs, spool
+from tracking import models, runs, search, spool
+from tracking import store as store_room
 
 
 @pytest.fixture
@@ -150,21 +153,42 @@ def test_a_run_that_is_not_there_is_refused_in_one_line(store, tmp_path, monkeyp
         runs.start("lost", tmp_path).__enter__()
 
 
+def wrapped(error: Exception) -> MlflowException:
+    """An error of something else, as MLflow raises it."""
+    try:
+        try:
+            raise error
+        except Exception:
+            raise MlflowException("something failed")  # noqa: B904
+    except MlflowException as raised:
+        return raised
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (MlflowException("", error_code=databricks_pb2.TEMPORARILY_UNAVAILABLE), True),
-        (MlflowException("", error_code=databricks_pb2.BAD_REQUEST), False),
-        (requests.ConnectionError(), True),
-        (requests.HTTPError(response=SimpleNamespace(status_code=503)), True),
-        (requests.HTTPError(response=SimpleNamespace(status_code=413)), False),
-        (EndpointConnectionError(endpoint_url="http://s3"), True),
-        (FileNotFoundError("gone.png"), False),
+        (wrapped(requests.ConnectionError()), "away"),
+        (wrapped(OSError(28, "No space left on device")), "local"),
+        (wrapped(ConnectionRefusedError(111, "Connection refused")), "away"),
+        (wrapped(sqlalchemy.exc.OperationalError("", {}, sqlite3.OperationalError("database is locked"))), "away"),
+        (wrapped(ValueError("a fault in the code")), "refused"),
+        (MlflowException("failures: [Errno 28] No space left on device: 'x'"), "local"),
+        (MlflowException("failures: [Errno 111] Connection refused"), "away"),
+        (OSError(113, "No route to host"), "away"),
+        (RestException({"error_code": "INTERNAL_ERROR", "message": "[Errno 28] No space left there"}), "away"),
+        (MlflowException("", error_code=databricks_pb2.TEMPORARILY_UNAVAILABLE), "away"),
+        (MlflowException("", error_code=databricks_pb2.BAD_REQUEST), "refused"),
+        (requests.ConnectionError(), "away"),
+        (requests.HTTPError(response=SimpleNamespace(status_code=503)), "away"),
+        (requests.HTTPError(response=SimpleNamespace(status_code=413)), "local"),
+        (EndpointConnectionError(endpoint_url="http://s3"), "away"),
+        (FileNotFoundError("gone.png"), "local"),
     ],
     ids=str,
 )
-def test_away_is_who_does_not_answer_and_not_who_refuses(error, expected):
-    assert spool.away(error) == expected
+def test_away_is_who_does_not_answer_and_local_what_this_machine_refuses(error, expected):
+    kinds = {"away": store_room.away(error), "local": store_room.local(error)}
+    assert [kind for kind, holds in kinds.items() if holds] == [kind for kind in kinds if kind == expected]
 
 
 def test_what_cannot_be_sent_stops_neither_the_run_nor_the_next(store, tmp_path, capsys):
@@ -195,7 +219,7 @@ def test_what_waits_for_another_server_goes_to_that_one_alone(server, empty_stor
     mlflow.set_tracking_uri(server.uri.replace("//", "//ann:another@"))
     assert spool.send_waiting(tmp_path / "work") == {run.id: "sent"}
     assert MlflowClient().get_run(run.id).data.params == {"lr": "0.1"}
-    server.kill()
+    mlflow.set_tracking_uri("http://ann:s3cret@127.0.0.1:9")
     with pytest.raises(InputError, match="does not answer") as refused:
         runs.start("dead", tmp_path / "work").__enter__()
     texts = [str(refused.value), *capfd.readouterr()]
@@ -254,6 +278,41 @@ def test_a_model_is_found_by_every_name_it_has(logged, store, monkeypatch):
     names = ["newest", logged.id, f"runs:/{logged.id}/model", f"models:/{output.model_id}"]
     for name in [*names, "models:/recogniser/1", "models:/recogniser@champion", str(logged.folder / "model")]:
         assert model.weights_digest(model.load(models.fetch(name)).model) == expected, name
+
+
+def test_newest_is_this_projects_newest(logged, store):
+    """Another project on the same server logs a model of the same name after ours, and ends another run."""
+    with mlflow.start_run() as theirs:
+        mlflow.pyfunc.log_model(name="model", python_model=lambda model_input: model_input, pip_requirements=[])
+    assert models.logged(store.get_run(theirs.info.run_id))
+    assert models.newest({}, of_model=True) == logged.id
+
+
+def test_a_deleted_model_is_no_runs_model(logged, store):
+    (output,) = store.get_run(logged.id).outputs.model_outputs
+    store.delete_logged_model(output.model_id)
+    assert models.newest({}, of_model=True) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["o'brien", 'say "so"', 'o\'brien says "so"', "back\\", "100% _", "a; --b", "`tick`", "line\nbreak", "果物"]
+)
+def test_a_run_is_found_by_a_tag_of_any_text_and_not_by_one_that_looks_like_it(store, tmp_path, name):
+    ids = {}
+    for text in (name, f"{name}x", "".join("x" if one in "'\"\\%_;`\n" else one for one in name) + " "):
+        with runs.start("tagged", tmp_path / "work", {"recipe": text}, monitored=False) as run:
+            ids[text] = run.id
+    assert [run.info.run_id for run in search.runs({"recipe": name}, "FINISHED")] == [ids[name]]
+    assert models.newest({"aliprod.recipe": name}) == ids[name]
+
+
+def test_all_pages_of_runs_are_searched(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "PAGE", 2)
+    ids = []
+    for _ in range(5):
+        with runs.start("one of many", tmp_path / "work", {"recipe": "many"}, monitored=False) as run:
+            ids.append(run.id)
+    assert [run.info.run_id for run in search.runs({"recipe": "many"})] == ids[::-1]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "0" * 32, "models:/none@champion", "runs:/x/model", "newest"])

@@ -497,7 +497,8 @@ def _run_of(id: str) -> str:
     return str(MlflowClient().get_logged_model(id).source_run_id)
 
 
-def _seconds(ids: tuple[str, ...], photograph: bytes) -> list[float]:
+@functools.lru_cache(maxsize=256)  # both questions need those of the same pairs
+def _seconds(ids: tuple[str, ...], photograph: bytes) -> tuple[float, ...]:
     """The median for one photograph of each model; they take turns, for the machine may have other work."""
     spent = np.zeros((TIMINGS + 1, len(ids)))
     for turn, place in np.ndindex(spent.shape):
@@ -505,7 +506,7 @@ def _seconds(ids: tuple[str, ...], photograph: bytes) -> list[float]:
         began = time.perf_counter()
         recognise(saved, [photograph])
         spent[turn, place] = time.perf_counter() - began
-    return np.median(spent[1:], axis=0).tolist()
+    return tuple(np.median(spent[1:], axis=0).tolist())
 
 
 def _markdown(verdict: Verdict, dry_run: bool) -> str:

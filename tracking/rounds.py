@@ -73,7 +73,7 @@ class Job:
         return dataclasses.replace(self, digests=digests)
 
 
-def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation:
+def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation:  # noqa: PLR0915 - one step after another
     """Trains and evaluates a round and logs its model.
 
     `resume` is the id of the run to go on from. Raises KeyboardInterrupt when stopped, its state saved.

@@ -133,7 +133,7 @@ class Spool:
         record = json.loads(line)
         here = store.local(error)
         gone = isinstance(error, FileNotFoundError) and not self._found(record.get("path", ".")).exists()
-        reason = reach.shown(str(error)).strip()
+        reason = reach.shown(" ".join(str(error).split()))
         if record["kind"] == "model" or (here and not gone):
             kept = f"; it is in {self._found(record['folder'])}" if record["kind"] == "model" else ""
             self.lost.append(f"run {self.run_id}: its {record['kind']} could not be kept: {reason}{kept}")

@@ -21,8 +21,8 @@ def resolve(name: str, recipe: str, data: str, done: dict[str, str]) -> str:
     """What `name`, an init, manifest or model in a row of `recipe`, stands for: a run's id, or `name` itself.
 
     A step, `step` or `recipe/step`, is the run in `done` (recipe/step -> run id), else the newest finished one of that
-    name on the data of digest `data`; newest is the newest run that logged a model, unless `done` says which.
-    InputError where there is none.
+    name on the data of digest `data`, "" being any; newest is the newest run that logged a model, unless `done` says
+    which. InputError where there is none.
     """
     if name == NEWEST:
         run_id = done.get(NEWEST) or models.newest({}, of_model=True)
@@ -33,7 +33,7 @@ def resolve(name: str, recipe: str, data: str, done: dict[str, str]) -> str:
         return name
     of, _, step = name.rpartition("/")
     of = of or recipe
-    tags = {"aliprod.recipe": of, "aliprod.round": step, "aliprod.data": data}
+    tags = {"aliprod.recipe": of, "aliprod.round": step} | ({"aliprod.data": data} if data else {})
     return done.get(f"{of}/{step}") or models.newest(tags) or name
 
 

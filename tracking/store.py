@@ -5,8 +5,11 @@ refused again. Or this machine refuses, whose disk is full or may not be written
 """
 
 import contextlib
+import errno
 import functools
 import logging
+import re
+import socket
 import sqlite3
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,7 +26,11 @@ from aliprod.sharing import locked
 from tracking import reach, storage
 
 BUSY = 20  # seconds that a database may be locked by others
-UNREACHED = (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError)
+UNREACHED = (
+    *(requests.RequestException, urllib3.exceptions.HTTPError),
+    *(ConnectionError, TimeoutError, socket.gaierror),
+)
+NO_NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 # What SQLite says of its file, whoever asks: https://www.sqlite.org/rescode.html
 BROKEN = (
     *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FULL),
@@ -52,7 +59,9 @@ def away(error: BaseException) -> bool:
         return bool(culprit.response.status_code >= 500)
     if isinstance(culprit, sqlalchemy.exc.OperationalError):
         return not local(error)
-    return isinstance(culprit, UNREACHED) or (isinstance(culprit, Exception) and storage.is_away(culprit))
+    if isinstance(culprit, UNREACHED) or (isinstance(culprit, OSError) and culprit.errno in NO_NETWORK):
+        return True
+    return isinstance(culprit, Exception) and storage.is_away(culprit)
 
 
 def local(error: BaseException) -> bool:
@@ -60,7 +69,7 @@ def local(error: BaseException) -> bool:
     culprit = _culprit(error)
     if isinstance(culprit, sqlalchemy.exc.DBAPIError):
         return getattr(culprit.orig, "sqlite_errorcode", 0) & 0xFF in BROKEN
-    return isinstance(culprit, OSError) and not isinstance(culprit, UNREACHED)
+    return isinstance(culprit, OSError) and not isinstance(culprit, UNREACHED) and culprit.errno not in NO_NETWORK
 
 
 def refusal(error: BaseException, what: str = "refuses") -> InputError:
@@ -132,8 +141,11 @@ def _culprit(error: BaseException) -> BaseException:
     What a server answered is its own word; anything else of 500 and above stands for the error that it came of.
     """
     while isinstance(error, MlflowException) and not isinstance(error, RestException):
-        cause = error.__cause__ or error.__context__
-        if cause is None or error.get_http_status_code() < 500:
+        if error.get_http_status_code() < 500:
             break
+        cause = error.__cause__ or error.__context__
+        if cause is None:  # of files it copies in parallel MLflow hands on the text alone
+            told = re.search(r"\[Errno (\d+)\]", str(error))
+            return OSError(int(told[1]), str(error)) if told else error
         error = cause
     return error
