@@ -6,7 +6,6 @@ is the model's own: one that was fine-tuned on the wrong labels has them in its 
 """
 
 import copy
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -113,15 +112,14 @@ def out_of_fold(
         inside = parts[source.rows] == part
         head, others, own = _Head(model, row, num_classes, levels), copy.copy(source), copy.copy(source)
         others.rows, own.rows = source.rows[~inside], source.rows[inside]
-        with tempfile.TemporaryDirectory() as folder:
-            for _ in training.train(head, row, others, None, folder, levels=levels):
-                pass
+        for _ in training.train(head, row, others, None, None, levels=levels):
+            pass
         tables.append(predict(head, own, row.precision))
     return pd.concat(tables).sort_index()
 
 
 class _Head(Recogniser):
-    """A fresh head of a model's kind without its backbone, so that checkpoints are small and nothing else can learn."""
+    """A fresh head of a model's kind without its backbone, so that nothing else can learn."""
 
     def __init__(self, model: Recogniser, row: Round, num_classes: int, levels: Levels | None):
         nn.Module.__init__(self)

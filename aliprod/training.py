@@ -59,7 +59,7 @@ def train(
     row: Round,
     source: Images | Features,
     val: Images | Features | None,
-    folder: str | Path,
+    folder: str | Path | None,
     *,
     resume: bool = False,
     stop: threading.Event | None = None,
@@ -72,11 +72,12 @@ def train(
     which the generator ends early. With `resume` it continues from the newest one there, first yielding again what
     was reported before it. When the round is complete the model holds the weights of the epoch with the highest
     MAP on `val` (without val: of the last), the moving average of them if the round asks for one. `levels` are those of
-    the classes in the product tree, for rounds that use it.
+    the classes in the product tree, for rounds that use it. Without a `folder` nothing is kept: for rounds that
+    nobody resumes, without val.
     """
     assert source.labels is not None
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    assert folder or not val
+    folder = Path(folder) if folder else None
     stop = stop or threading.Event()
     torch.manual_seed(row.seed)
     learner = _Learner(model, row, source, levels)
@@ -121,13 +122,13 @@ def train(
         better = not scores or scores["map"] > state.best
         if better:
             state.best = scores.get("map", state.best)
-            _write(folder / "best.pt", learner.kept.state_dict())
+            _keep_best(folder, learner)
         learnt = sums.scores()
         sums.clear()
         yield saved(train=learnt, val=scores, best=better)
         if stop.is_set() and state.epoch < row.epochs:
             return
-    model.load_state_dict(torch.load(folder / "best.pt", map_location=model.device, weights_only=True))
+    model.load_state_dict(_best(folder, learner))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -241,7 +242,24 @@ def _order(rows: np.ndarray, labels: np.ndarray, row: Round, epoch: int) -> list
     return [shuffled[at * row.batch_size : (at + 1) * row.batch_size] for at in range(whole)]
 
 
-def _save(folder: Path, learner: _Learner, sums: _EpochSums, row: Round, state: _State) -> None:
+def _keep_best(folder: Path | None, learner: _Learner) -> None:
+    if folder:
+        _write(folder / "best.pt", learner.kept.state_dict())
+
+
+def _best(folder: Path | None, learner: _Learner) -> dict[str, torch.Tensor]:
+    """The weights that were kept; the last ones, where none were."""
+    if not folder:
+        return learner.kept.state_dict()
+    weights: dict[str, torch.Tensor] = torch.load(
+        folder / "best.pt", map_location=learner.model.device, weights_only=True
+    )
+    return weights
+
+
+def _save(folder: Path | None, learner: _Learner, sums: _EpochSums, row: Round, state: _State) -> None:
+    if not folder:
+        return
     checkpoint = {
         "round": row.model_dump_json(),
         "state": asdict(state),
@@ -255,8 +273,8 @@ def _save(folder: Path, learner: _Learner, sums: _EpochSums, row: Round, state: 
         old.unlink()
 
 
-def _restore(folder: Path, learner: _Learner, sums: _EpochSums, row: Round) -> _State:
-    newest = newest_checkpoint(folder)
+def _restore(folder: Path | None, learner: _Learner, sums: _EpochSums, row: Round) -> _State:
+    newest = newest_checkpoint(folder) if folder else None
     if newest is None:
         raise InputError(f"resume: {folder} holds no checkpoint")
     checkpoint = torch.load(newest, map_location=learner.model.device, weights_only=True)
@@ -275,6 +293,7 @@ def _restore(folder: Path, learner: _Learner, sums: _EpochSums, row: Round) -> _
 
 
 def _write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     torch.save(value, beside)
     beside.replace(path)

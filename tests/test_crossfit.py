@@ -123,7 +123,7 @@ def test_a_judge_is_measured_by_classes_that_a_head_could_learn(noisy):
 
 
 def test_photographs_that_cannot_be_read_judge_nobody(noisy, tmp_path):
-    with pytest.raises(InputError, match="only 0 of 160 photographs can be read, too few to judge by: "):
+    with pytest.raises(InputError, match=r"only 0 of \d+ photographs can be read, too few to judge by: "):
         noisy.answers(data=str(tmp_path))
 
 

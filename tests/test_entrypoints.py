@@ -210,37 +210,33 @@ def test_cleaning_writes_a_manifest_that_trains(tiny, shop, store, tmp_path, rul
     assert store.search_runs(["1"])[0].data.params["num_train"] == str(len(after))
 
 
-def test_a_cleaning_by_a_weak_judge_is_refused_and_leaves_no_manifest(tiny, shop, store, tmp_path, capsys):
-    train.main(**arguments(recipe=str(tiny), data=str(shop)))
-    judge = store.search_runs(["1"])[0].info.run_id
-    saved, table = models.load(judge), manifest.read(shop, "train")
-    classes = manifest.class_index(table)
-    fitted = crossfit.answers(saved, table, classes, shop, Path("work/features"), "fp32", 5, 0)
+def test_a_cleaning_by_a_weak_judge_is_refused_and_leaves_no_manifest(row, shop, store, tmp_path, capsys):
+    tables, judge = assembly.tables(row, shop), str(tmp_path / "judge")
+    made = assembly.model(row, len(tables.classes), "random")
+    made.save(Path(judge), tables.classes, tables.tree, {"round": row.model_dump()})
+    fitted = crossfit.answers(model.load(judge), tables.train, tables.classes, shop, "work/features", "fp32", 5, 0)
     score = metrics.mean_class_accuracy(fitted["label"].to_numpy(), fitted["pred"].to_numpy())
 
     output = tmp_path / "reliable train.csv"
-    given = {"models": judge, "data": shop, "manifest": "train", "rule": "misclassified", "min_accuracy": 0.92}
-    given |= {"votes": 2, "folds": 0, "least": 5, "max_dropped_share": "", "precision": "fp32", "output": output}
-    given |= {"seed": 0, "work": "work", "min_judge_map": score + 0.01}
+    given = {"models": judge, "data": str(shop), "manifest": "train", "rule": "misclassified", "min_accuracy": 0.92}
+    given |= {"votes": 2, "folds": 5, "least": 5, "precision": "fp32", "output": str(output), "seed": 0, "work": "work"}
     with pytest.raises(SystemExit) as stopped:
-        run_command("clean", options(**given))
+        run_command("clean", options(**given, max_dropped_share=0.0, min_judge_map=score + 0.01))
     said = capsys.readouterr()
     assert stopped.value.code == 2 and f"MAP of the judges, cross-fitted: {judge} {score:.4f}" in said.out
     assert f"judge {judge} has a MAP of {score:.4f}, cross-fitted, below min_judge_map" in said.err
+    assert "of the photographs dropped, more than max_dropped_share 0" in said.err
     run = store.search_runs(["1"])[0]
     assert run.info.status == "FAILED" and "below min_judge_map" in run.data.tags["aliprod.error"]
     assert run.data.metrics["judge_map"] == pytest.approx(score)
-    assert run.data.metrics["dropped_share"] == run.data.metrics["num_dropped"] / len(table)
+    share = run.data.metrics["num_dropped"] / len(tables.train)
+    assert run.data.metrics["dropped_share"] == pytest.approx(share)
     assert {file.path for file in store.list_artifacts(run.info.run_id)} == {"dropped.csv", "figures"}
     assert not output.exists() and not output.with_suffix(".json").exists()
 
-    dropped = run.data.metrics["num_dropped"] / len(table)
-    given |= {"data": str(shop), "output": str(output), "work": Path("work"), "min_judge_map": score - 0.01}
-    clean.main(**given | {"max_dropped_share": dropped})
-    assert "reliable_train: " in capsys.readouterr().out and output.exists()
-    with pytest.raises(InputError, match="max_dropped_share"):
-        clean.main(**given | {"max_dropped_share": dropped - 0.001, "output": "o.csv"})
-    assert not Path("o.csv").exists()
+    run_command("clean", options(**given, max_dropped_share=share, min_judge_map=score - 0.01))
+    assert "\nreliable-train: " in capsys.readouterr().out and output.exists()
+    assert store.search_runs(["1"])[0].info.status == "FINISHED"
 
 
 def test_a_round_that_is_right_on_all_of_val_is_finished_its_model_logged_first(row, store, tmp_path):
