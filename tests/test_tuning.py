@@ -100,7 +100,11 @@ def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
             "tune tiny: lr 0.001 of the round is not in its own space, 1e-05 to 0.0001, log",
         ),
         ("low = 1, high = 4", "low = 1.5, high = 4", "tune tiny: lr_step 1.5: must be a valid integer"),
-        ("high = 2 }", "high = 20 }", "tune tiny: warmup_epochs 20.0 must not exceed epochs 9"),
+        (
+            "high = 2 }",
+            "high = 20 }",
+            "tune tiny: warmup_epochs 20.0 must not exceed epochs 9; the [[tune]] table has warmup_epochs 0 to 20, the",
+        ),
         ("high = 2 }", "high = 8 }\nepochs = { low = 4, high = 9 }", "warmup_epochs 8.0 must not exceed epochs 4"),
         (
             '["step", "cosine"]',
@@ -378,3 +382,23 @@ def test_three_workers_share_a_study_and_one_is_killed(tuned, shop, storage, tmp
     (again,) = [trial for trial in trials if trial.system_attrs.get("failed_trial") == dead]
     assert again.params == lost.params
     assert len([line for text in said for line in text.splitlines() if line.startswith("trial ")]) >= 20
+
+
+def test_a_trial_that_diverges_has_failed_and_the_search_goes_on(row, shop, store, tmp_path, capsys):
+    fields = {"freeze": "all", "epochs": 20, "lr_step": 20, "lr": 1e-3, "weight_decay": 0.99}
+    space = '\n[[tune]]\nround = "tiny"\nfirst = [{ lr = 10.0 }]\nlr = [1e-3, 10.0]\n'
+    (tmp_path / "wild.toml").write_text(recipe.to_toml(row.model_copy(update=fields)) + space)
+    search(str(tmp_path / "wild.toml"), shop, trials=2, pruner="none", sampler="random")
+    said = capsys.readouterr().out
+    assert "trial 0: lr 0.001: complete" in said
+    assert re.search(
+        r"trial 1: lr 10: failed, Diverged: round tiny: in epoch \d+ its .* no longer finite; a lower", said
+    )
+
+
+def test_epochs_below_the_spaces_warm_up_are_refused_with_whose_value_it_is(tuned):
+    words = (
+        r"tune tiny: warmup_epochs 2\.0 must not exceed epochs 1; the \[\[tune\]\] table has warmup_epochs 0 to 2, the"
+    )
+    with pytest.raises(InputError, match=words):
+        read(tuned).tuning("tiny", "epochs=1")
