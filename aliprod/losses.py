@@ -26,6 +26,8 @@ class Criterion:
             raise InputError(f"level_weights {unknown[0]}: the product tree has {depth} levels")
         self.own_weight = given.pop(depth, 1.0)
         self.level_weights = given
+        if not (self.own_weight or any(given.values()) or row.tree_smoothing or row.triplet_weight):
+            raise InputError(f"level_weights {row.level_weights}: nothing is left to learn; one must be above 0")
         # Under a prior the share of a class goes by its frequency, or rare relatives would be made up for twice.
         self.shares = self.prior.exp() if self.prior is not None else torch.ones_like(counts, dtype=torch.float)  # (C,)
         smoothed = tree if row.tree_smoothing else None

@@ -21,7 +21,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models import group_parameters
+from timm.models import group_parameters, load_state_dict
 from torch import nn
 
 from aliprod import InputError, csvfile, first_line, heads, taxonomy
@@ -248,25 +248,24 @@ def load_backbone(model: Recogniser, init: str) -> None:
     """Fills the backbone, every tensor of it, from `init`.
 
     "random"; "imagenet" (a package that carries the weights, else timm's hub); a folder written by `save`; or
-    a file of weights, .safetensors or torch's, such as the official Res2Net and ResNeSt checkpoints, whose
-    classifier is left out. InputError where nothing is found or a name or shape does not fit.
+    a file of weights, .safetensors or torch's, whatever timm reads: weights alone or a checkpoint of training (of its
+    averaged weights, where it has them), in timm's names or in others that it knows. Its classifier is left out, and
+    nothing is resized. InputError where nothing is found, a name or shape does not fit or a number is not finite.
     """
     if init == "random":
         return
-    weights = _imagenet(model.backbone_name) if init == "imagenet" else _read_weights(Path(init))
     wanted = model.backbone.state_dict()
-    # Files from before 2018 lack this counter, which no network of ours reads.
-    weights |= {
-        name: value for name, value in wanted.items() if name.endswith("num_batches_tracked") and name not in weights
-    }
-    wrong = sorted(wanted.keys() ^ weights.keys()) or [
-        name for name, value in wanted.items() if value.shape != weights[name].shape
-    ]
-    if wrong:
+    weights = _imagenet(model.backbone_name) if init == "imagenet" else _read_weights(Path(init))
+    weights = _of_backbone(weights, model.backbone)
+    if _misfits(wanted, weights):
+        weights = _renamed(model.backbone_name, wanted, weights)
+    if wrong := _misfits(wanted, weights):
         raise InputError(
             f"init {init}: does not fit the backbone {model.backbone_name}: "
             f"{len(wrong)} tensors differ in name or shape, the first is {wrong[0]}"
         )
+    if not_finite := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise InputError(f"init {init}: {not_finite[0]} holds numbers that are not finite")
     model.backbone.load_state_dict(weights)
 
 
@@ -293,7 +292,7 @@ def _imagenet(name: str) -> dict[str, torch.Tensor]:
             ).get_model_file_path()
             values = torch.load(path, map_location="cpu", weights_only=True).values()
             names = timm.create_model(name).state_dict()  # the same tensors in the same order, under other names
-            return _without_classifier(dict(zip(names, values, strict=True)))
+            return dict(zip(names, values, strict=True))
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:
@@ -305,25 +304,50 @@ def _imagenet(name: str) -> dict[str, torch.Tensor]:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file or saved folder by name, without what wrappers put before the names. No pickle is run."""
     path = path / "model.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise InputError(f"init {path}: no such file")
     try:
-        safe = path.suffix == ".safetensors"
-        weights: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"init {path}: no such file") from None
+        weights: Any = load_state_dict(str(path))
+    except AttributeError:  # timm's, of what has no names to clean
+        weights = None
     except Exception as error:
-        reason = first_line(error)
+        reason = first_line(error).partition(" No automatic")[0]
         raise InputError(f"init {path}: not a file of weights: {reason}") from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
-    ):
-        raise InputError(f"init {path}: holds a {type(weights).__name__}; must be tensors by name, be it in state_dict")
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        places = "state_dict_ema, model_ema, state_dict or model"
+        raise InputError(f"init {path}: holds no weights; must be tensors by name, be it in {places}")
+    return weights
+
+
+def _of_backbone(weights: dict[str, torch.Tensor], backbone: Any) -> dict[str, torch.Tensor]:
+    """`weights` without the classifier's and without a recogniser's own, and with the counters of batch norm."""
+    wanted = backbone.state_dict()
     ours = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
-    return ours or _without_classifier(weights)
+    classifiers = backbone.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    heads = tuple(f"{name}." for name in (*classifiers, "fc", "classifier", "last_linear", "head"))
+    kept = ours or {name: value for name, value in weights.items() if name in wanted or not name.startswith(heads)}
+    # Files from before 2018 lack this counter, which no network of ours reads.
+    return {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")} | kept
 
 
-def _without_classifier(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    heads = ("fc.", "classifier.", "last_linear.", "head.fc.")
-    return {name: value for name, value in weights.items() if not name.startswith(heads)}
+def _renamed(name: str, wanted: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights` in timm's own names, by its filter for the network's published checkpoints, where that makes them fit.
+
+    Those of another size are left alone: the filter would resize them.
+    """
+    if not weights or any(name in wanted and value.numel() != wanted[name].numel() for name, value in weights.items()):
+        return weights
+    overlay = {"state_dict": dict(weights), "num_classes": 0, "label_offset": 0}  # loaded strictly
+    with contextlib.suppress(Exception):  # the filter of one network may stumble over the weights of another
+        return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay).state_dict()
+    return weights
+
+
+def _misfits(wanted: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
+    """Names that only one of the two has, else those whose shapes differ."""
+    return sorted(wanted.keys() ^ weights.keys()) or [
+        name for name, value in wanted.items() if value.shape != weights[name].shape
+    ]

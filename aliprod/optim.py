@@ -33,6 +33,10 @@ def optimizer(model: Recogniser, row: Round) -> torch.optim.Optimizer:
         made = getattr(apex, "FusedSGD" if rule == "sgd" else "FusedAdam")(parts, lr=row.lr, **options)
     else:
         made = TORCH[rule](parts, lr=row.lr, fused=True, **options)
+    if rule == "sgd":
+        # torch's makes these in its first step, and leaves them unwritten where the gradients of that step overflow.
+        for parameter in (parameter for params in groups.values() for parameter in params):
+            made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if centralized:
         made.register_step_pre_hook(centralize)
     return made

@@ -127,7 +127,8 @@ class Round(_Row):
     triplet_margin: Annotated[float, Field(gt=0, le=2)] = 0.3
     """Distance by which a triplet wants the nearest other class to be further than the farthest of its own."""
     images_per_class: Count = 1
-    """Photographs of one class that stand together in a batch, so that triplets have positives; 1: by chance."""
+    """Photographs of one class that stand together in a batch, so that triplets have positives; 1: by chance. Below
+    batch_size, so that they have negatives too."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread evenly over all classes."""
     hierarchy: Literal["none", "paths", "branches"] = "none"
@@ -154,7 +155,8 @@ class Round(_Row):
     compile: bool = False
     """Whether torch.compile translates the model first."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay a step of the weights' moving average, which is then evaluated and kept; 0: no average."""
+    """Decay per step of the weights' moving average, which is then evaluated and kept; 0: no average. It rises to this
+    from 0, being 0.9 after 31 steps, 0.99 after 1,000 and 0.999 after 31,600, so that short rounds average too."""
 
     epochs: Count = 1
     """Passes over the manifest."""
@@ -195,6 +197,11 @@ class Round(_Row):
                 raise ValueError(f"{name} {list(pair)}: least must not exceed most")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must not exceed epochs {self.epochs}")
+        if self.images_per_class > 1 and self.images_per_class >= self.batch_size:
+            raise ValueError(
+                f"images_per_class {self.images_per_class}: must be below batch_size {self.batch_size}, "
+                "or all photographs of a batch would be of one class"
+            )
         if self.triplet_weight and self.freeze == "all":
             raise ValueError(f"triplet_weight {self.triplet_weight} needs a backbone to train, but freeze is 'all'")
         for level in self.level_weights or {}:

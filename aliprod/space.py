@@ -96,11 +96,13 @@ class Tuning(BaseModel):
             if set(possible) <= set(values):
                 raise ValueError(f"{name} means nothing where {other} is {' or '.join(map(repr, possible))}")
         ends = [[{name: value} for value in axis.extremes] for name, axis in self.space.items()]
-        for changes in itertools.chain(*ends):
-            changed(changes)
-        for one, another in itertools.combinations(ends, 2):
-            for first, second in itertools.product(one, another):
-                changed(first | second)
+        pairs = (itertools.product(one, another) for one, another in itertools.combinations(ends, 2))
+        for changes in itertools.chain(*ends, (one | another for one, another in itertools.chain(*pairs))):
+            try:
+                changed(changes)
+            except ValueError as error:
+                axes = " and ".join(f"{name} {self.space[name]}" for name in changes)
+                raise ValueError(f"{error}; the [[tune]] table has {axes}, the other fields are the round's") from None
         for name in self.active(row.model_dump()):
             if (value := getattr(row, name)) not in self.space[name]:
                 raise ValueError(

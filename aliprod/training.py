@@ -4,16 +4,20 @@ Everything random is a function of (seed, epoch, row) except the network's own g
 run resumed from a checkpoint ends with the weights of a run that was never stopped, bit for bit on a CPU.
 """
 
+import hashlib
 import os
 import threading
-from collections.abc import Iterator
+import time
+import zipfile
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from timm.utils import ModelEmaV3
+from torch._dynamo.exc import TorchDynamoException
 
 from aliprod import InputError, metrics, optim
 from aliprod.features import Features
@@ -29,6 +33,11 @@ from aliprod.taxonomy import Levels
 
 KEEP = 2  # newest checkpoints
 POINTS = 100  # of the loss curve an epoch
+WITH_TRIPLETS = 0.5  # least share of the batches that must hold a triplet where a round asks for them
+
+
+class Diverged(InputError):
+    """A round whose loss or weights are no longer finite numbers."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Report:
     train: dict[str, float] = field(default_factory=dict)  # loss, gap, map, accuracy over the epoch as it was learnt
     val: dict[str, float] = field(default_factory=dict)  # as of metrics.summary
     best: bool = False  # whether val MAP is the highest so far
+    seconds: float = field(default=0.0, compare=False)  # since the last report, in the process that made this one
 
 
 @dataclass
@@ -73,72 +83,52 @@ def train(
     was reported before it. When the round is complete the model holds the weights of the epoch with the highest
     MAP on `val` (without val: of the last), the moving average of them if the round asks for one. `levels` are those of
     the classes in the product tree, for rounds that use it. Without a `folder` nothing is kept: for rounds that
-    nobody resumes, without val.
+    nobody resumes, without val. InputError where the round cannot learn what it asks for, and Diverged, at the end of
+    the epoch, once its loss or its weights are not finite.
     """
     assert source.labels is not None
     assert folder or not val
-    folder = Path(folder) if folder else None
     stop = stop or threading.Event()
+    _refuse_without_triplets(row, source)
     torch.manual_seed(row.seed)
-    learner = _Learner(model, row, source, levels)
-    state, sums = _State(), _EpochSums(len(source.rows), model.device)
+    course = _Course(_Learner(model, row, source, levels), row, source, val, Path(folder) if folder else None)
+
     if resume:
-        state = _restore(folder, learner, sums, row)
-        yield from (Report(**report) for report in state.reports)
-    curve: list[dict[str, float]] = []
+        course.restore()
+        yield from (Report(**report) for report in course.state.reports)
 
-    def saved(**scores: Any) -> Report:
-        report = Report(epoch=state.epoch, step=state.step, curve=list(curve), **scores)
-        curve.clear()
-        state.reports.append(asdict(report))
-        _save(folder, learner, sums, row, state)
-        return report
-
-    while state.epoch < row.epochs:
-        model.train()
-        batches = _order(source.rows, source.labels, row, state.epoch)
-        every = max(1, len(batches) // POINTS)
-        todo = batches[state.batch :]
-        with progress(total=len(batches), initial=state.batch, desc=f"epoch {state.epoch + 1}", unit="step") as bar:
-            for inputs, rows in source.batches(todo, state.epoch):
-                lr = optim.rate(row, state.epoch + state.batch / len(batches), 1 / len(batches))
-                state.batch += 1
-                bar.update()
-                if len(rows) == 0:
-                    continue  # none of its images can be read
-                labels = torch.from_numpy(source.labels[rows]).to(model.device, non_blocking=True)  # (B,)
-                logits, loss = learner.step(inputs.to(model.device, non_blocking=True), labels, lr)
-                sums.add(logits, labels, loss)
-                state.step += 1
-                if state.batch % every == 0:
-                    curve.append({"step": state.step, "loss": loss.item(), "lr": lr})
-                stopped = stop.is_set()
-                if state.batch < len(batches) and (stopped or state.step % checkpoint_steps == 0):
-                    yield saved()
-                    if stopped:
-                        return
-        state.epoch, state.batch = state.epoch + 1, 0
-        scores = metrics.summary(predict(learner.kept, val, row.precision)) if val else {}
-        better = not scores or scores["map"] > state.best
-        if better:
-            state.best = scores.get("map", state.best)
-            _keep_best(folder, learner)
-        learnt = sums.scores()
-        sums.clear()
-        yield saved(train=learnt, val=scores, best=better)
-        if stop.is_set() and state.epoch < row.epochs:
+    while course.state.epoch < row.epochs:
+        through = yield from course.epoch(stop, checkpoint_steps)
+        if not through:
             return
-    model.load_state_dict(_best(folder, learner))
+        yield course.close_epoch()
+        if stop.is_set() and course.state.epoch < row.epochs:
+            return
+
+    model.load_state_dict(course.best())
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a round in its folder, if there is any."""
-    return max(folder.glob("step-*.pt"), default=None)
+    """The newest checkpoint of a round in its folder that is whole, if there is any."""
+    return next(filter(is_whole, sorted(folder.glob("step-*.pt"), reverse=True)), None)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether all of what `torch.save` wrote can be read back and agrees with its checksums."""
+    try:
+        with zipfile.ZipFile(file) as parts:
+            return parts.testzip() is None
+    except Exception:  # whatever a damaged directory of parts leads the reader into
+        return False
 
 
 def load_weights(model: Recogniser, checkpoint: Path) -> None:
-    """Gives `model` the weights it had at a checkpoint."""
-    model.load_state_dict(torch.load(checkpoint, map_location=model.device, weights_only=True)["parts"]["model"])
+    """Gives `model` the weights it had at a checkpoint. InputError where they are of other classes."""
+    weights = torch.load(checkpoint, map_location=model.device, weights_only=True)["parts"]["model"]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise InputError(f"resume: {checkpoint} belongs to other data: the classes have changed since") from None
 
 
 class _Learner:
@@ -152,6 +142,7 @@ class _Learner:
         self.model = model
         self.embed = source.embed
         assert source.labels is not None
+        self.labels = hashlib.sha256(source.labels.tobytes()).hexdigest()  # of all rows: what a checkpoint belongs to
         counts = np.bincount(source.labels[source.rows], minlength=model.num_classes).clip(1)
         self.counts = torch.from_numpy(counts).to(model.device)  # (C,)
         self.criterion = Criterion(row, self.counts, Tree(levels, model.device) if levels else None)
@@ -166,15 +157,22 @@ class _Learner:
         self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.kept = model  # whose weights are evaluated and kept
         if row.ema_decay:
-            averaging = get_ema_multi_avg_fn(row.ema_decay)
-            self.parts["average"] = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
+            # The decay rises to the round's as steps go by, or a short round would keep the weights it began with.
+            # Statistics of batches are averages already: averaged again they lag behind, which costs short rounds most.
+            self.parts["average"] = ModelEmaV3(
+                model, row.ema_decay, use_warmup=True, foreach=True, exclude_buffers=True
+            )
             self.kept = self.parts["average"].module
 
     def step(self, inputs: torch.Tensor, labels: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One update at rate `lr`: logits (B, C) and loss (), both detached."""
         optim.set_rate(self.optimizer, lr)
         with autocast(self.model.device, self.row.precision):
-            embeddings = self.embed(self.model, inputs)
+            try:
+                embeddings = self.embed(self.model, inputs)
+            except TorchDynamoException as error:  # at the first step, where nothing compiled lies in torch's cache
+                reason = str(error).partition("\n")[0]
+                raise InputError(f"compile true: nothing can be compiled here, {reason}; must be false") from None
             with torch.set_grad_enabled(self.follower is None):
                 logits = self.model.head(embeddings)
             branches = self.model.branches(embeddings) if self.model.branches else None
@@ -185,9 +183,29 @@ class _Learner:
         self.scaler.update()
         if self.follower:
             self.follower.follow(embeddings, labels, self.counts)
-        if self.row.ema_decay:
-            self.parts["average"].update_parameters(self.model)
         return logits.detach(), loss.detach()
+
+    def average(self, step: int) -> None:
+        """Takes the weights after update number `step`, from 1, into their average, if the round asks for one."""
+        if self.row.ema_decay:
+            self.parts["average"].update(self.model, step)
+
+    def refuse_what_diverged(self, loss: torch.Tensor, epoch: int) -> None:
+        """Diverged if the epoch's loss (), a weight, a statistic or a moment of the optimizer is not finite."""
+        moments = [moment for state in self.optimizer.state.values() for moment in state.values()]
+        self.refuse_unless_finite("loss is", [loss], epoch)
+        self.refuse_unless_finite("weights are", self.model.state_dict().values(), epoch)
+        self.refuse_unless_finite("optimizer's moments are", moments, epoch)
+
+    def refuse_unless_finite(self, what: str, values: Iterable[Any], epoch: int) -> None:
+        """Diverged if one of the values that are tensors is not finite; the device is waited for once."""
+        finite = [value.isfinite().all() for value in values if torch.is_tensor(value)]
+        if finite and not torch.stack(finite).all():
+            wider = ", or precision bf16 or fp32," if self.scaler.is_enabled() else ""
+            raise Diverged(
+                f"round {self.row.name}: in epoch {epoch} its {what} no longer finite; "
+                f"a lower lr than {self.row.lr:g}{wider} may help"
+            )
 
 
 class _EpochSums:
@@ -228,6 +246,104 @@ class _EpochSums:
         }
 
 
+class _Course:
+    """A round on its way: what learns, where it is, what it has reported, and its folder, if anything is kept."""
+
+    def __init__(
+        self,
+        learner: _Learner,
+        row: Round,
+        source: Images | Features,
+        val: Images | Features | None,
+        folder: Path | None,
+    ):
+        assert source.labels is not None
+        self.learner, self.row, self.source, self.val, self.folder = learner, row, source, val, folder
+        self.labels = source.labels
+        self.state, self.sums = _State(), _EpochSums(len(source.labels), learner.model.device)
+        self.curve: list[dict[str, float]] = []
+        self.began = time.monotonic()  # since the last report
+
+    def epoch(self, stop: threading.Event, checkpoint_steps: int) -> Generator[Report, None, bool]:
+        """Takes the steps that are left of this epoch, yielding a report at each checkpoint; False if stopped."""
+        state, learner = self.state, self.learner
+        learner.model.train()
+        batches = _order(self.source.rows, self.labels, self.row, state.epoch)
+        every = max(1, len(batches) // POINTS)
+        todo = batches[state.batch :]
+
+        with progress(total=len(batches), initial=state.batch, desc=f"epoch {state.epoch + 1}", unit="step") as bar:
+            for inputs, rows in self.source.batches(todo, state.epoch):
+                lr = optim.rate(self.row, state.epoch + state.batch / len(batches), 1 / len(batches))
+                state.batch += 1
+                bar.update()
+                if len(rows) < 2:
+                    continue  # of its images none can be read, or one, which batch norm cannot do with
+
+                device = learner.model.device
+                labels = torch.from_numpy(self.labels[rows]).to(device, non_blocking=True)  # (B,)
+                logits, loss = learner.step(inputs.to(device, non_blocking=True), labels, lr)
+                self.sums.add(logits, labels, loss)
+                state.step += 1
+                learner.average(state.step)
+                if state.batch % every == 0:
+                    self.curve.append({"step": state.step, "loss": loss.item(), "lr": lr})
+
+                stopped = stop.is_set()
+                if state.batch < len(batches) and (stopped or state.step % checkpoint_steps == 0):
+                    yield self.report()
+                    if stopped:
+                        return False
+
+        if not self.sums.count:
+            raise InputError(
+                f"epoch {state.epoch + 1}: no batch of its {len(batches)} has two photographs that can be read"
+            )
+        return True
+
+    def close_epoch(self) -> Report:
+        """Scores the epoch, and keeps its weights if none were better. Diverged where they are not finite."""
+        state, learner = self.state, self.learner
+        state.epoch, state.batch = state.epoch + 1, 0
+        learner.refuse_what_diverged(self.sums.loss, state.epoch)
+        scores = metrics.summary(predict(learner.kept, self.val, self.row.precision)) if self.val else {}
+        learner.refuse_unless_finite("loss on val is", [torch.tensor(scores.get("loss", 0.0))], state.epoch)
+
+        better = not scores or scores["map"] > state.best
+        if better:
+            state.best = scores.get("map", state.best)
+            if self.folder:
+                _write(self.folder / "best.pt", learner.kept.state_dict())
+
+        learnt = self.sums.scores()
+        self.sums.clear()
+        return self.report(train=learnt, val=scores, best=better)
+
+    def report(self, **scores: Any) -> Report:
+        """What happened since the last report, which a checkpoint then holds too."""
+        state, now = self.state, time.monotonic()
+        report = Report(epoch=state.epoch, step=state.step, curve=self.curve, seconds=now - self.began, **scores)
+        self.curve, self.began = [], now
+        state.reports.append(asdict(report))
+        if self.folder:
+            _save(self.folder, self.learner, self.sums, self.row, state)
+        return report
+
+    def restore(self) -> None:
+        """Goes back to the newest whole checkpoint."""
+        self.state = _restore(self.folder, self.learner, self.sums, self.row)
+
+    def best(self) -> dict[str, torch.Tensor]:
+        """The weights of the best epoch; the last ones, where nothing is kept."""
+        kept = self.learner.kept
+        if not self.folder:
+            return kept.state_dict()
+        weights: dict[str, torch.Tensor] = torch.load(
+            self.folder / "best.pt", map_location=self.learner.model.device, weights_only=True
+        )
+        return weights
+
+
 def _order(rows: np.ndarray, labels: np.ndarray, row: Round, epoch: int) -> list[np.ndarray]:
     """The epoch's batches; a last, smaller one is left to chance, as batch norm and the rate assume full ones."""
     rng = np.random.default_rng([row.seed, epoch])
@@ -242,26 +358,26 @@ def _order(rows: np.ndarray, labels: np.ndarray, row: Round, epoch: int) -> list
     return [shuffled[at * row.batch_size : (at + 1) * row.batch_size] for at in range(whole)]
 
 
-def _keep_best(folder: Path | None, learner: _Learner) -> None:
-    if folder:
-        _write(folder / "best.pt", learner.kept.state_dict())
-
-
-def _best(folder: Path | None, learner: _Learner) -> dict[str, torch.Tensor]:
-    """The weights that were kept; the last ones, where none were."""
-    if not folder:
-        return learner.kept.state_dict()
-    weights: dict[str, torch.Tensor] = torch.load(
-        folder / "best.pt", map_location=learner.model.device, weights_only=True
-    )
-    return weights
-
-
-def _save(folder: Path | None, learner: _Learner, sums: _EpochSums, row: Round, state: _State) -> None:
-    if not folder:
+def _refuse_without_triplets(row: Round, source: Images | Features) -> None:
+    """InputError if the round asks for triplets and most batches, as the first epoch orders them, hold none."""
+    if row.loss != "triplet" and not row.triplet_weight:
         return
+    assert source.labels is not None
+    batches = _order(source.rows, source.labels, row, epoch=0)
+    counts = [np.unique(source.labels[batch], return_counts=True)[1] for batch in batches]
+    usable = sum(len(count) > 1 and count.max() > 1 for count in counts)
+    if usable < WITH_TRIPLETS * len(batches):
+        raise InputError(
+            f"round {row.name}: {usable} of the {len(batches)} batches of its first epoch hold a triplet, two "
+            "photographs of a class and one of another; at least half must: take classes of two photographs or more, "
+            f"and an images_per_class from 2 (it is {row.images_per_class}) to below batch_size ({row.batch_size})"
+        )
+
+
+def _save(folder: Path, learner: _Learner, sums: _EpochSums, row: Round, state: _State) -> None:
     checkpoint = {
         "round": row.model_dump_json(),
+        "labels": learner.labels,
         "state": asdict(state),
         "sums": vars(sums),
         "parts": {name: part.state_dict() for name, part in learner.parts.items()},
@@ -275,21 +391,28 @@ def _save(folder: Path | None, learner: _Learner, sums: _EpochSums, row: Round, 
 
 def _restore(folder: Path | None, learner: _Learner, sums: _EpochSums, row: Round) -> _State:
     newest = newest_checkpoint(folder) if folder else None
-    if newest is None:
-        raise InputError(f"resume: {folder} holds no checkpoint")
+    if folder is None or newest is None:
+        raise InputError(f"resume: {folder} holds no checkpoint that is whole")
     checkpoint = torch.load(newest, map_location=learner.model.device, weights_only=True)
-    if checkpoint["round"] != row.model_dump_json():
-        before, now = Round.model_validate_json(checkpoint["round"]).model_dump(), row.model_dump()
-        names = [name for name in now if before[name] != now[name]]
+    before, now = Round.model_validate_json(checkpoint["round"]).model_dump(), row.model_dump()
+    names = [name for name in now if before[name] != now[name]]
+    if names:
         changed = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in names)
         raise InputError(f"resume: {newest} belongs to another round: {changed}")
+    if checkpoint.get("labels", learner.labels) != learner.labels:
+        raise InputError(f"resume: {newest} belongs to other data: photographs or classes have changed since")
+    checkpoint["parts"].get("average", {}).pop("n_averaged", None)  # earlier versions averaged by a fixed decay
     for name, part in learner.parts.items():
         part.load_state_dict(checkpoint["parts"][name])
     vars(sums).update(checkpoint["sums"])
     torch.set_rng_state(checkpoint["generator"].cpu())
     if checkpoint["cuda_generators"]:
         torch.cuda.set_rng_state_all([generator.cpu() for generator in checkpoint["cuda_generators"]])
-    return _State(**checkpoint["state"])
+    state = _State(**checkpoint["state"])
+    if any(report["best"] for report in state.reports) and not is_whole(folder / "best.pt"):
+        _write(folder / "best.pt", learner.kept.state_dict())  # the best there is until the next epoch's end
+        state.best = -1.0
+    return state
 
 
 def _write(path: Path, value: Any) -> None:

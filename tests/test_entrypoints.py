@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
 
-from aliprod import InputError, assembly, crossfit, manifest, metrics, model, recipe
+from aliprod import InputError, assembly, crossfit, manifest, metrics, model, recipe, training
 from entrypoints import clean, evaluate, export, predict, prepare, send, train
 from entrypoints.command import command
-from tracking import models
+from tracking import models, rounds
 
 ROOT = Path(__file__).parents[1]
 
@@ -328,6 +329,44 @@ def test_ctrl_c_reaches_a_project_run_and_its_last_line_can_be_pasted(tiny, shop
     resumed, _ = store.search_runs([experiment])
     assert resumed.info.status == "FINISHED" and resumed.data.tags["aliprod.resumed_from"] == killed.info.run_id
     assert not store.search_runs(["0"])
+
+
+@pytest.mark.parametrize("lost", ["newest", "all", "best"])
+def test_a_run_whose_checkpoints_are_cut_off_goes_on_from_a_whole_one(row, shop, store, tmp_path, capsys, lost):
+    row = row.model_copy(update={"epochs": 3})
+    folder = tmp_path / "work" / "runs" / "cut" / "checkpoints"
+    tables = assembly.tables(row, shop)
+    made = assembly.model(row, len(tables.classes), row.init)
+    images = [
+        assembly.inputs(made, row, table, tables.classes, shop, tmp_path, "none")
+        for table in (tables.train, tables.val)
+    ]
+    reports = training.train(made, row, *images, folder)
+    [next(reports) for _ in range(2)]
+    rounds.Job("small", row, str(shop)).save(folder.parent)
+    older, newest = sorted(folder.glob("step-*.pt"))
+    checkpoint = torch.load(older, weights_only=True)
+    checkpoint["state"]["reports"][0]["seconds"] = 1e6
+    torch.save(checkpoint, older)
+    broken = {"newest": [newest], "all": [older, newest], "best": [newest, folder / "best.pt"]}[lost]
+    for file in broken:
+        file.write_bytes(file.read_bytes()[:5000])
+
+    given = options(**arguments(resume="cut", work=tmp_path / "work"))
+    if lost == "all":
+        with pytest.raises(SystemExit) as stopped:
+            run_command("train", given)
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line == f"resume: {older}, {newest} cut off or damaged, none is whole; train the round anew"
+        return
+    run_command("train", given)
+    said = capsys.readouterr().out
+    for file in broken:
+        assert f"{file} is cut off or damaged: the run goes on without it\n" in said
+    assert re.search(r"epoch 1/3 .* 2000000 s left", said), "the time that the epochs took before the stop counts"
+    assert "epoch 3/3" in said and store.search_runs(["1"])[0].info.status == "FINISHED"
+    assert newest.exists(), "what another run left is not touched"
 
 
 def test_a_time_limit_stops_cleanly(tiny, shop, store):

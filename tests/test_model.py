@@ -1,5 +1,8 @@
 """Backbones and heads: weights that arrive whole, freezing to the byte, folders that load back."""
 
+from argparse import Namespace
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -138,6 +141,71 @@ def test_official_checkpoints_load_whole(name, prefix, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in ours.backbone.state_dict().items())
 
 
+WRAPPED = {
+    "as they are": lambda weights: weights,
+    "compiled": lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()},
+    "compiled, then parallel": lambda weights: {f"module._orig_mod.{name}": value for name, value in weights.items()},
+    "under model": lambda weights: {"model": weights},
+    "averaged first": lambda weights: {"state_dict": {"a": torch.zeros(1)}, "state_dict_ema": weights},
+    "model_ema first": lambda weights: {"model": {"a": torch.zeros(1)}, "model_ema": weights, "epoch": 3},
+    "of training": lambda weights: {"epoch": 3, "args": Namespace(lr=0.1, model="x"), "state_dict": weights},
+}
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "res2net50d"])
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_whatever_timm_reads_fills_the_backbone(name, wrap, tmp_path):
+    theirs = timm.create_model(name, num_classes=10)
+    torch.save(wrap(theirs.state_dict()), tmp_path / "weights.pth")
+    ours = Recogniser(name, 2, image_size=theirs.pretrained_cfg["input_size"][-1])
+    load_backbone(ours, str(tmp_path / "weights.pth"))
+    weights = theirs.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in ours.backbone.state_dict().items())
+
+
+def test_weights_in_names_that_timm_translates_fill_the_backbone(tmp_path):
+    theirs = timm.create_model("test_vit", num_classes=10)
+    foreign = {"model": {f"module.{key}": value for key, value in theirs.state_dict().items()}}
+    projection = foreign["model"]["module.patch_embed.proj.weight"]
+    foreign["model"]["module.patch_embed.proj.weight"] = projection.flatten(1)  # as of old ViTs, which had a matrix
+    torch.save(foreign, tmp_path / "weights.pth")
+    ours = Recogniser("test_vit", 2, image_size=theirs.pretrained_cfg["input_size"][-1])
+    load_backbone(ours, str(tmp_path / "weights.pth"))
+    assert torch.equal(ours.backbone.patch_embed.proj.weight, theirs.patch_embed.proj.weight)
+
+
+def test_nothing_is_resized_and_nothing_is_missing(tmp_path):
+    ours = Recogniser("test_vit", 2, image_size=timm.create_model("test_vit").pretrained_cfg["input_size"][-1])
+    before = weights_digest(ours)
+    larger = timm.create_model("test_vit", img_size=320).state_dict()
+    partial = dict(list(ours.backbone.state_dict().items())[:-1])
+    spoilt = ours.backbone.state_dict() | {"norm.weight": torch.full_like(ours.backbone.norm.weight, torch.nan)}
+    for weights, words in (
+        (larger, "1 tensors differ in name or shape, the first is pos_embed"),
+        (partial, "1 tensors differ in name or shape"),
+        (spoilt, "norm.weight holds numbers that are not finite"),
+    ):
+        torch.save(weights, tmp_path / "weights.pth")
+        with pytest.raises(InputError, match=words):
+            load_backbone(ours, str(tmp_path / "weights.pth"))
+        assert weights_digest(ours) == before
+
+
+class Planted:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("planted"),)
+
+
+def test_no_code_of_a_file_of_weights_is_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": tiny.backbone.state_dict(), "args": Planted()}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="not a file of weights: weights_only=True blocked loading"):
+        load_backbone(tiny, str(tmp_path / "weights.pth"))
+    assert not Path("planted").exists()
+
+
 def test_weights_of_another_network_are_refused(tiny, tmp_path):
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
     before = weights_digest(tiny)
@@ -160,7 +228,7 @@ def test_unreadable_weights_are_refused(tiny, tmp_path, content):
 )
 def test_a_file_of_something_else_is_refused(tiny, tmp_path, held):
     torch.save(held, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match=r"weights\.pth: holds a \w+; must be tensors by name"):
+    with pytest.raises(InputError, match=r"weights\.pth: holds no weights; must be tensors by name"):
         load_backbone(tiny, str(tmp_path / "weights.pth"))
 
 

@@ -100,3 +100,30 @@ def test_a_round_that_insists_on_apex_is_refused_without_it():
     with pytest.raises(InputError, match=r"fused 'apex': NVIDIA Apex is not installed, or cpu is no GPU"):
         optim.optimizer(model, Round(name="a", fused="apex"))
     assert isinstance(optim.optimizer(model, Round(name="a", fused="auto")), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamw", "sgd", "adam_gc", "adamw_gc", "sgd_gc"])
+def test_a_step_whose_gradients_overflow_is_skipped_and_nothing_else(rule):
+    heads = [torch.nn.Linear(4, 3) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    start = heads[0].weight.detach().clone()
+    optimizers = []
+    for head in heads:
+        model = Recogniser("test_resnet", 3, 64)
+        model.freeze("all")
+        model.head = head
+        optimizers.append(optim.optimizer(model, Round(name="a", optimizer=rule, lr=0.1)))
+    scaler = torch.amp.GradScaler("cpu")
+    for number in range(4):
+        gradients = [torch.randn(3, 4), torch.randn(3)]
+        overflows = number in (0, 2)  # the first step is where momentum begins
+        for head, scale in zip(heads, (scaler.scale(torch.ones(())).item(), 1.0), strict=True):
+            for parameter, gradient in zip(head.parameters(), gradients, strict=True):
+                parameter.grad = scale * (torch.full_like(gradient, torch.inf) if overflows else gradient)
+        scaler.step(optimizers[0])
+        scaler.update()
+        if not overflows:
+            optimizers[1].step()
+        assert number or torch.equal(heads[0].weight, start)
+    for ours, expected in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)

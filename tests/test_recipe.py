@@ -93,6 +93,8 @@ def test_what_to_toml_writes_reads_back_equal(fields, tmp_path):
         ("samples_per_class = [1, 2, 3]", "samples_per_class [1, 2, 3]: "),
         ("samples_per_class = [0, 9]", "samples_per_class 0: must be greater than or equal to 1"),
         ("samples_per_class = 5", "samples_per_class 5: "),
+        ("images_per_class = 96", "images_per_class 96: must be below batch_size 96, or all photographs of a batch"),
+        ("images_per_class = 4\nbatch_size = 2", "images_per_class 4: must be below batch_size 2"),
         ("warmup_epochs = 2", "warmup_epochs 2.0 must not exceed epochs 1"),
         ('reported = { gap = "good" }', "reported 'good': must be a valid number"),
         ("epoch = 3", "epoch 3: no such field; there are name, init, manifest, samples_per_class"),

@@ -1,11 +1,13 @@
 """A round: resumed it equals one never stopped, frozen and cached it equals the slow way."""
 
 import dataclasses
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,100 @@ def test_a_killed_process_resumes_to_the_same_weights(row, shop, tmp_path):
     straight, expected = trained(row, shop, tmp_path / "straight")
     assert weights_digest(resumed) == weights_digest(straight)
     assert reports[-1].val == expected[-1].val
+
+
+def stopped(row: Round, data: Path, folder: Path, reports: int) -> list[Path]:
+    """The checkpoints of a round that was stopped after so many reports, one per 3 updates and epoch, oldest first."""
+    model, source, val = material(row, data)
+    seen = training.train(model, row, source, val, folder, checkpoint_steps=3)
+    [next(seen) for _ in range(reports)]
+    return sorted(folder.glob("step-*.pt"))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    middle = slice(len(data) // 2, len(data) // 2 + 500)  # more than what only aligns the tensors
+    data[middle] = bytes(255 - value for value in data[middle])
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda file: file.write_bytes(b""),
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:5000]),
+    "a byte short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "never written": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "garbage": lambda file: file.write_bytes(np.random.default_rng(0).bytes(5000)),
+    "changed": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_broken_checkpoint_is_known_by_its_bytes(tmp_path, damage):
+    for step in (1, 2, 3):
+        torch.save({"weights": torch.rand(100, 100)}, tmp_path / f"step-00000000{step}.pt")
+    assert training.newest_checkpoint(tmp_path) == tmp_path / "step-000000003.pt"
+    for step in (3, 2, 1):
+        damage(tmp_path / f"step-00000000{step}.pt")
+        assert training.newest_checkpoint(tmp_path) == (tmp_path / f"step-00000000{step - 1}.pt" if step > 1 else None)
+
+
+@pytest.mark.parametrize("damage", [DAMAGES["emptied"], DAMAGES["cut off"]])
+def test_the_whole_checkpoint_before_a_broken_one_is_resumed(row, shop, tmp_path, damage):
+    row = changed(row, ema_decay=0.9, augment="light")
+    straight, expected = trained(row, shop, tmp_path / "straight")
+    before, newest = stopped(row, shop, tmp_path / "stopped", reports=3)
+    damage(newest)
+    assert training.newest_checkpoint(tmp_path / "stopped") == before
+    resumed, reports = trained(row, shop, tmp_path / "stopped", resume=True)
+    assert weights_digest(resumed) == weights_digest(straight)
+    assert [report for report in reports if report.train][-1].val == expected[-1].val
+    for file in (tmp_path / "stopped").glob("step-*.pt"):
+        damage(file)
+    with pytest.raises(InputError, match="holds no checkpoint that is whole"):
+        trained(row, shop, tmp_path / "stopped", resume=True)
+
+
+@pytest.mark.parametrize("damage", [DAMAGES["cut off"], Path.unlink])
+def test_a_round_whose_best_weights_are_lost_keeps_the_best_of_what_follows(row, shop, tmp_path, damage):
+    row = changed(row, epochs=3)
+    for folder, epochs in (("goes on", 2), ("was done", 3)):  # then those of its last checkpoint are all there is
+        model, source, val = material(row, shop)
+        seen = training.train(model, row, source, val, tmp_path / folder)
+        [next(seen) for _ in range(epochs)]
+        damage(tmp_path / folder / "best.pt")
+        last = weights_digest(model)
+        resumed, reports = trained(row, shop, tmp_path / folder, resume=True)
+        assert len(reports) == 3 and (folder == "goes on" or weights_digest(resumed) == last)
+        assert folder == "was done" or reports[-1].best
+
+
+def test_a_checkpoint_of_the_average_of_earlier_versions_is_resumed(row, shop, tmp_path):
+    row = changed(row, ema_decay=0.9)
+    *_, newest = stopped(row, shop, tmp_path, reports=2)
+    checkpoint = torch.load(newest, weights_only=True)
+    checkpoint["parts"]["average"]["n_averaged"] = torch.tensor(3)
+    torch.save(checkpoint, newest)
+    _, reports = trained(row, shop, tmp_path, resume=True)
+    assert np.isfinite(reports[-1].val["loss"])
+
+
+def test_the_time_that_a_round_took_before_it_was_stopped_is_kept(row, shop, tmp_path):
+    *_, newest = stopped(row, shop, tmp_path, reports=2)
+    before = [report["seconds"] for report in torch.load(newest, weights_only=True)["state"]["reports"]]
+    _, reports = trained(row, shop, tmp_path, resume=True)
+    assert min(before) > 0
+    assert [report.seconds for report in reports[: len(before)]] == before
+    assert all(report.seconds > 0 for report in reports)
+
+
+def test_a_round_does_not_resume_on_other_data(row, shop, tmp_path):
+    *_, newest = stopped(row, shop, tmp_path / "run", reports=2)
+    model, source, val = material(row, shop)
+    source.labels = source.labels[::-1].copy()
+    with pytest.raises(InputError, match="belongs to other data: photographs or classes have changed since"):
+        list(training.train(model, row, source, val, tmp_path / "run", resume=True))
+    with pytest.raises(InputError, match="belongs to other data: the classes have changed since"):
+        training.load_weights(Recogniser("test_resnet", 5, 64), newest)
 
 
 def test_another_round_does_not_resume(row, shop, tmp_path):
@@ -169,19 +265,24 @@ def test_a_compiled_backbone_learns_the_same(row, shop, tmp_path):
 
 
 def test_the_average_is_the_recursion(row, shop, tmp_path):
-    row = changed(row, ema_decay=0.8, epochs=1)
-    averaged, _ = trained(row, shop, tmp_path / "a")
-    model, source, val = material(row, shop)
-    model.freeze("none")
-    expected = None
-    for step, report in enumerate(training.train(model, row, source, val, tmp_path / "b", checkpoint_steps=1)):
-        if report.train:
-            break
-        weights = model.head.weight.detach().clone()  # after this step
-        expected = weights if step == 0 else 0.8 * expected + 0.2 * weights
-    steps = len(source.rows) // row.batch_size
-    last = torch.load(tmp_path / "b" / f"step-{steps:09d}.pt", weights_only=True)["parts"]["model"]["head.weight"]
-    torch.testing.assert_close(averaged.head.weight, 0.8 * expected + 0.2 * last, atol=1e-6, rtol=1e-5)
+    """Its decay rises to the round's: 0.66 after 5 steps, 0.8 after 12."""
+    row = changed(row, ema_decay=0.8, epochs=4)
+    model, source, _ = material(row, shop)
+    expected = torch.zeros_like(model.head.weight)
+    for step, report in enumerate(training.train(model, row, source, None, tmp_path, checkpoint_steps=1), start=1):
+        assert report.step == step
+        decay = min(0.8, 1 - step ** (-2 / 3))
+        expected = decay * expected + (1 - decay) * model.head.weight.detach()
+    assert decay == 0.8
+    torch.testing.assert_close(model.head.weight.detach(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_short_round_with_an_average_is_no_worse_than_without(row, shop, tmp_path):
+    row = changed(row, epochs=16, lr=3e-3, schedule="cosine", image_size=32)
+    _, without = trained(row, shop, tmp_path / "without")
+    _, averaged = trained(changed(row, ema_decay=0.999), shop, tmp_path / "averaged")
+    assert averaged[-1].val["map"] >= without[-1].val["map"] > 0.3, "of 8 classes"
+    assert averaged[-1].val["loss"] < 1.05 * without[-1].val["loss"]
 
 
 def test_the_kept_weights_are_those_of_the_best_epoch(row, shop, tmp_path):
@@ -208,13 +309,98 @@ def test_unreadable_images_are_left_out_and_counted(row, shop, tmp_path):
         list(training.train(model, row, source, val, tmp_path / "again"))
 
 
-def test_a_batch_without_a_readable_image_is_passed_over(row, shop, tmp_path):
-    row = changed(row, batch_size=2, epochs=1)
-    model, source, _ = material(row, shop)
-    for lost in training._order(source.rows, source.labels, row, 0)[1]:
+@pytest.mark.parametrize("place", [1, -1])
+@pytest.mark.parametrize("readable", [0, 1])
+def test_a_batch_with_one_readable_image_or_none_is_passed_over(row, shop, tmp_path, readable, place):
+    """ResNeSt's attention is normalised over the batch alone, which one image cannot be."""
+    row = changed(row, backbone="resnest14d", image_size=32, batch_size=10, epochs=1)
+    model, source, val = material(row, shop)
+    for lost in training._order(source.rows, source.labels, row, 0)[place][readable:]:
         source.paths[lost] = str(tmp_path / "missing.jpg")
-    (report,) = training.train(model, row, source, None, tmp_path)
-    assert report.step == len(source.rows) // 2 - 1
+    val.rows = val.rows[:1]
+    (report,) = training.train(model, row, source, val, tmp_path)
+    assert report.step == len(source.rows) // 10 - 1
+    assert np.isfinite([*report.train.values(), report.val["loss"]]).all()
+
+
+@pytest.mark.parametrize("readable", [0, 1])
+def test_an_epoch_without_a_batch_to_learn_from_ends_the_round(row, shop, tmp_path, readable):
+    model, source, val = material(changed(row, batch_size=100), shop)
+    source.paths = source.paths[:readable] + [str(tmp_path / "missing.jpg")] * (len(source.paths) - readable)
+    with pytest.raises(InputError, match="epoch 1: no batch of its 1 has two photographs that can be read"):
+        list(training.train(model, changed(row, batch_size=100), source, val, tmp_path))
+
+
+@pytest.mark.parametrize("precision, optimizer", [("fp32", "adamw"), ("fp32", "sgd"), ("fp16", "sgd_gc")])
+def test_a_round_that_diverges_ends_at_that_epoch(row, shop, tmp_path, precision, optimizer):
+    fields = {"precision": precision, "optimizer": optimizer, "lr": 10.0, "weight_decay": 0.99}
+    row = changed(row, **fields, epochs=30, image_size=32)
+    model, source, val = material(row, shop)
+    with pytest.raises(training.Diverged) as ended:
+        list(training.train(model, row, source, val, tmp_path))
+    saved = torch.load(file, weights_only=True) if (file := training.newest_checkpoint(tmp_path)) else {"state": {}}
+    epoch = saved["state"].get("epoch", 0) + 1
+    wider = ", or precision bf16 or fp32," if precision == "fp16" else ""
+    what = "(loss is|weights are|optimizer's moments are|loss on val is)"
+    expected = f"round tiny: in epoch {epoch} its {what} no longer finite; a lower lr than 10{wider} may help"
+    assert epoch < 15 and re.fullmatch(expected, str(ended.value))
+
+
+@pytest.mark.parametrize("place", ["weights", "statistics", "moments"])
+def test_whatever_stops_being_finite_ends_the_round(row, shop, tmp_path, place):
+    """Statistics of batches and an optimizer's moments can be spoilt while weights and loss are still finite."""
+    model, source, _ = material(row, shop)
+    learner = training._Learner(model, row, source, levels=None)
+    ((images, rows),) = source.batches([source.rows[:8]])
+    learner.step(images, torch.from_numpy(source.labels[rows]), 1e-3)
+    learner.refuse_what_diverged(torch.tensor(1.0), epoch=1)
+    moment = next(iter(learner.optimizer.state.values()))["exp_avg_sq"]
+    with torch.no_grad():
+        spoilt = {"weights": model.head.bias, "statistics": model.backbone.bn1.running_var, "moments": moment}[place]
+        spoilt.fill_(torch.inf)
+    with pytest.raises(training.Diverged, match="moments" if place == "moments" else "weights"):
+        learner.refuse_what_diverged(torch.tensor(1.0), epoch=1)
+
+
+TRIPLETS = {"loss": "triplet", "head": "cosine", "batch_size": 6}
+
+
+@pytest.mark.parametrize("asked", [TRIPLETS, {"triplet_weight": 0.5, "batch_size": 6}], ids=["alone", "added"])
+@pytest.mark.parametrize(
+    "labels, images_per_class",
+    [
+        (np.arange(60), 1),  # one photograph of each class
+        (np.arange(60), 4),
+        (np.arange(60) // 2 % 30, 1),  # two of each, but hardly ever in one batch
+        (np.repeat([0, 1], [59, 1]), 1),  # hardly a batch of more than one class
+        (np.minimum(np.arange(60), 50), 4),  # one class alone has more than one
+    ],
+)
+def test_a_round_of_triplets_without_any_is_refused_before_it_starts(
+    row, shop, tmp_path, asked, labels, images_per_class
+):
+    row = changed(row, **asked, images_per_class=images_per_class)
+    model, source, val = material(row, shop)
+    source.rows, source.labels = np.arange(60), labels
+    words = (
+        rf"round tiny: \d of the 10 batches .* hold a triplet.* images_per_class from 2 \(it is {images_per_class}\)"
+    )
+    with pytest.raises(InputError, match=words):
+        next(training.train(model, row, source, val, tmp_path))
+    assert not list(tmp_path.iterdir())
+    without = changed(row, loss="cross_entropy", triplet_weight=0.0)
+    training._refuse_without_triplets(without, source)
+    source.labels = np.arange(60) // 4
+    training._refuse_without_triplets(changed(row, images_per_class=2), source)
+
+
+@pytest.mark.slow
+def test_a_round_that_cannot_be_compiled_says_so_at_its_first_step(row, shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
+    model, source, val = material(changed(row, compile=True), shop)
+    with pytest.raises(InputError, match="compile true: nothing can be compiled here, .*compiler.*; must be false"):
+        next(training.train(model, changed(row, compile=True), source, val, tmp_path / "run"))
 
 
 def test_an_interrupted_embedding_goes_on_where_it_was(row, shop, tmp_path, monkeypatch):

@@ -100,7 +100,11 @@ def trials_of(storage: str, name: str) -> list[optuna.trial.FrozenTrial]:
             "tune tiny: lr 0.001 of the round is not in its own space, 1e-05 to 0.0001, log",
         ),
         ("low = 1, high = 4", "low = 1.5, high = 4", "tune tiny: lr_step 1.5: must be a valid integer"),
-        ("high = 2 }", "high = 20 }", "tune tiny: warmup_epochs 20.0 must not exceed epochs 9"),
+        (
+            "high = 2 }",
+            "high = 20 }",
+            "tune tiny: warmup_epochs 20.0 must not exceed epochs 9; the [[tune]] table has warmup_epochs 0 to 20, the",
+        ),
         ("high = 2 }", "high = 8 }\nepochs = { low = 4, high = 9 }", "warmup_epochs 8.0 must not exceed epochs 4"),
         (
             '["step", "cosine"]',

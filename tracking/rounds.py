@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -84,9 +83,8 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     digest = tables.data_digest
     digests = {"data": digest, "val": manifest.digest(tables.queries)}
     job.checked(digests).save(run.folder, work)
-    earlier = work / "runs" / resume / "checkpoints"
-    if resume and earlier.exists():
-        shutil.copytree(earlier, checkpoints, copy_function=_link)
+    if resume:
+        _take_over(work / "runs" / resume / "checkpoints", checkpoints)
     run.tags({"recipe": job.recipe, "round": row.name, **digests})
     run.tags({"resumed_from": resume} if resume else {})
     if resume:
@@ -107,13 +105,13 @@ def train(run: Run, job: Job, work: Path, resume: str = "") -> report.Evaluation
     try:
         source = assembly.inputs(made, row, tables.train, tables.classes, job.data, work / "features", row.augment)
         val = assembly.inputs(made, row, tables.val, tables.classes, job.data, work / "features", "none")
-        reports, began = [], time.monotonic()
+        reports = []
         with interruption.deferred() as stop:
             for made_report in training.train(
                 made, row, source, val, checkpoints, resume=checkpoint is not None, stop=stop, levels=tables.levels
             ):
                 reports.append(made_report)
-                _log_report(run, made_report, row, time.monotonic() - began)
+                _log_report(run, reports, row)
     except CorruptImages as error:
         run.table(pd.DataFrame(error.reasons.items(), columns=["file", "reason"]), "corrupt.csv")
         raise
@@ -204,12 +202,30 @@ def _link(source: str, to: str) -> None:
         shutil.copy(source, to)
 
 
-def _log_report(run: Run, made: training.Report, row: Round, seconds: float) -> None:
+def _take_over(earlier: Path, folder: Path) -> None:
+    """Links the files of an earlier run's checkpoints into `folder`, but for those that are not whole, and names them.
+
+    InputError where there are checkpoints and none is whole.
+    """
+    broken = [file for file in sorted(earlier.glob("*.pt")) if not training.is_whole(file)]
+    if list(earlier.glob("step-*.pt")) and not training.newest_checkpoint(earlier):
+        raise InputError(
+            f"resume: {', '.join(map(str, broken))} cut off or damaged, none is whole; train the round anew"
+        )
+    for file in broken:
+        print(f"{file} is cut off or damaged: the run goes on without it", flush=True)
+    if earlier.exists():
+        shutil.copytree(earlier, folder, copy_function=_link, ignore=lambda *_: {file.name for file in broken})
+
+
+def _log_report(run: Run, reports: list[training.Report], row: Round) -> None:
+    """Records the last of a round's reports so far."""
+    made = reports[-1]
     run.curve(made.curve, "step/")
     if made.train:
         run.metrics(made.train, made.epoch, "train/")
         run.metrics(made.val, made.epoch, "val/")
         scores = "  ".join(f"{name} {value:.4f}" for name, value in made.val.items())
-        left = seconds / made.epoch * (row.epochs - made.epoch)
+        left = sum(report.seconds for report in reports) / made.epoch * (row.epochs - made.epoch)
         line = f"epoch {made.epoch}/{row.epochs}  train loss {made.train['loss']:.4f}  val {scores}  {left:.0f} s left"
         print(line, flush=True)

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 import aliprod
-from aliprod import InputError, manifest
+from aliprod import InputError, manifest, training
 from aliprod.recipe import MANIFESTS, NEWEST, RESERVED, WEIGHTS, Cleaning, Round
 from tracking import models, search, spool, storage
 
@@ -89,9 +89,12 @@ def finished(key: str) -> str | None:
 
 
 def unfinished(key: str, work: Path) -> str:
-    """Id of the newest run of the step with this key that left a checkpoint in `work` and is not alive; "" if none."""
+    """Id of the newest run of the step with this key that left a whole checkpoint in `work` and is not alive; "" if
+    there is none."""
     folders = [work / "runs" / run.info.run_id for run in _runs(key) if run.info.status != "FINISHED"]
-    left = (folder.name for folder in folders if list(folder.glob("checkpoints/step-*")) and spool.idle(folder))
+    left = (
+        folder.name for folder in folders if training.newest_checkpoint(folder / "checkpoints") and spool.idle(folder)
+    )
     return next(left, "")
 
 

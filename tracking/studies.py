@@ -20,6 +20,7 @@ from aliprod.material import Material
 from aliprod.model import load_head
 from aliprod.recipe import Round
 from aliprod.space import Tuning
+from aliprod.training import Diverged
 from aliprod.tuning import Study, Trial
 from tracking import copies, origin, rounds, runs, steps
 from tracking.runs import Run
@@ -132,10 +133,8 @@ def _try(study: Study, trial: Trial, material: Material, parent: Run, work: Path
                 raise runs.Cut(f"pruned after epoch {trial.epoch} of {trial.row.epochs}")
             if trial.state == "lost":
                 raise runs.Cut("not heard of for too long: another worker has it")
-    except InputError:
-        raise
-    except Exception:
-        if not trial.error:
+    except Exception as error:
+        if not trial.error or (isinstance(error, InputError) and not isinstance(error, Diverged)):
             raise
     study.tell(trial)
     if stop.is_set():
