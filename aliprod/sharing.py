@@ -13,6 +13,8 @@ from aliprod import InputError
 # What a file system answers that knows no locks, or has none left.
 LOCKLESS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
+WRITTEN = ("runs", "features", "features/*", "s3", "studies.db")  # in `work`, by whichever command
+
 
 class Busy(InputError):
     """Raised in place of waiting: another process holds the lock."""
@@ -44,8 +46,8 @@ def open_to_group(folder: Path) -> None:
     group = stat.S_IRWXG & folder.stat().st_mode
     if group & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~group)
-    for path in (folder, *folder.iterdir(), *folder.glob("features/*")):
-        if not os.access(path, os.W_OK) and not path.is_symlink():
+    for path in (folder, *(each for pattern in WRITTEN for each in folder.glob(pattern))):
+        if not os.access(path, os.W_OK):
             raise InputError(
                 f"{path}: you may not write to it; whoever owns it can share all of {folder} with a group by"
                 f" `chgrp -R GROUP {folder}; chmod -R g+rwX {folder}; find {folder} -type d -exec chmod g+s {{}} +`"
