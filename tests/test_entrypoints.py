@@ -436,7 +436,7 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [("reap", {"minutes": 1, "experiment": "", "dry_run": False}), ("rollback", {})]
+    ("name", "given"), [("reap", {"minutes": 1, "experiment": "", "dry_run": False}), ("rollback", {"model": ""})]
 )
 def test_a_server_that_is_away_is_one_line_and_exit_2(name, given, tmp_path):
     environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
