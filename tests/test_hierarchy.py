@@ -169,6 +169,8 @@ def test_branches_have_losses_of_their_own(levels):
     torch.testing.assert_close(found, cross_entropy(logits, LABELS) + 0.6 * cross_entropy(branch, nodes))
     with pytest.raises(InputError, match="level_weights 4: the product tree has 3 levels"):
         criterion(levels, level_weights={"4": 1.0})
+    with pytest.raises(InputError, match="level_weights {'1': 0.0, '3': 0.0}: nothing is left to learn"):
+        criterion(levels, level_weights={"1": 0.0, "3": 0.0})
 
 
 KINDS = {

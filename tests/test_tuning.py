@@ -387,3 +387,23 @@ def test_three_workers_share_a_study_and_one_is_killed(tuned, shop, storage, tmp
     (again,) = [trial for trial in trials if trial.system_attrs.get("failed_trial") == dead]
     assert again.params == lost.params
     assert len([line for text in said for line in text.splitlines() if line.startswith("trial ")]) >= 20
+
+
+def test_a_trial_that_diverges_has_failed_and_the_search_goes_on(row, shop, store, tmp_path, capsys):
+    fields = {"freeze": "all", "epochs": 20, "lr_step": 20, "lr": 1e-3, "weight_decay": 0.99}
+    space = '\n[[tune]]\nround = "tiny"\nfirst = [{ lr = 10.0 }]\nlr = [1e-3, 10.0]\n'
+    (tmp_path / "wild.toml").write_text(recipe.to_toml(row.model_copy(update=fields)) + space)
+    search(str(tmp_path / "wild.toml"), shop, trials=2, pruner="none", sampler="random")
+    said = capsys.readouterr().out
+    assert "trial 0: lr 0.001: complete" in said
+    assert re.search(
+        r"trial 1: lr 10: failed, Diverged: round tiny: in epoch \d+ its .* no longer finite; a lower", said
+    )
+
+
+def test_epochs_below_the_spaces_warm_up_are_refused_with_whose_value_it_is(tuned):
+    words = (
+        r"tune tiny: warmup_epochs 2\.0 must not exceed epochs 1; the \[\[tune\]\] table has warmup_epochs 0 to 2, the"
+    )
+    with pytest.raises(InputError, match=words):
+        read(tuned).tuning("tiny", "epochs=1")
