@@ -34,7 +34,8 @@ def paths(name: str, text: str) -> list[str]:
 def fields(name: str, text: str) -> dict[str, Any]:
     """The fields in the parameter `name`, written as "lr=3e-4 samples_per_class=[2, 5] select_list='a b.csv'".
 
-    Values are TOML's, with spaces in quotes and brackets, or plain words. InputError says what is ambiguous.
+    Values are TOML's, with spaces in quotes and brackets, or plain words; of a field given twice the last counts.
+    InputError says what is ambiguous.
     """
     values: dict[str, Any] = {}
     for item in _items(name, text):
@@ -42,12 +43,8 @@ def fields(name: str, text: str) -> dict[str, Any]:
         field, equals, value = (_unquoted(name, item) if whole else item).partition("=")
         if not equals or not re.fullmatch(r"[\w.-]+", field):
             raise InputError(f"{name}: {item!r} is not of the form field=value; {HINT}")
-        if not value:
-            raise InputError(f"{name}: {field} has no value, {field}=...")
-        if field in values:
-            raise InputError(f"{name}: {field} is there twice")
 
-        plain = value if whole else _unquoted(name, value)
+        plain = value if whole or not value else _unquoted(name, value)
         values[field] = _toml(value, plain)
     return values
 
@@ -61,11 +58,11 @@ def _items(name: str, text: str) -> list[str]:
         word, end = piece[0], piece.end()
         depth += (word in "[{") - (word in "]}")
 
-        if depth == 0 and word.isspace():
+        if depth == 0 and (word.isspace() or ("=" in item and word[0].isspace())):
             items.append(item)
-            item, spaced = "", False
+            item, spaced = word.strip(), False
         elif depth == 0 and word.strip() == "=":
-            if "=" in item and (spaced or word != "="):
+            if "=" in item and (spaced or word != "="):  # lr= epochs=2
                 raise InputError(f"{name}: {item + word!r} could be one field or two; {HINT}")
             item, spaced = item + "=", word != "="
         else:

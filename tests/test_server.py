@@ -368,3 +368,17 @@ def test_compose_starts_the_same():
         assert not secret or "${" in secret[2] or "${" in line, line
     made = re.findall(r"\$\{(\w+):\?\}", text)
     assert set(made) == set(server.SECRETS)
+
+
+def test_a_store_may_lie_where_a_uri_would_end(tmp_path):
+    folder = tmp_path / "what? now #1 100%41"
+    folder.mkdir()
+    with sqlite3.connect(folder / "mlflow.db") as file:
+        file.execute("CREATE TABLE x (y)")
+    engine = migration._copy(folder / "mlflow.db", folder / "moved.db")
+    assert sqlalchemy.inspect(engine).get_table_names() == ["x"] and (folder / "moved.db").stat().st_size
+    engine.dispose()
+
+    place = folder / "mlruns" / "1"
+    for value in (str(place), place.as_uri()):
+        assert migration._location(value, [folder / "mlruns"], "runs") == "mlflow-artifacts:/1"

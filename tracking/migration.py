@@ -107,7 +107,7 @@ def _locations(new: Connection, tables: MetaData, artifacts: list[Path]) -> None
 def _location(value: str, artifacts: list[Path], where: str) -> str:
     if ":/" in value and not value.startswith("file:/"):
         return value  # s3://, models:/, or a server's mlflow-artifacts:/ already
-    path = Path(local_file_uri_to_path(value)).resolve()
+    path = Path(local_file_uri_to_path(value) if value.startswith("file:") else value).resolve()
     for folder in artifacts:
         if path.is_relative_to(folder.resolve()):
             return f"mlflow-artifacts:/{path.relative_to(folder.resolve())}"
