@@ -16,7 +16,18 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from aliprod import InputError
-from aliprod.images import MAX_PIXELS, CorruptImages, Images, Preprocessing, Unreadable, decode, letterbox, load, read
+from aliprod.images import (
+    MAX_PIXELS,
+    CorruptImages,
+    Images,
+    Preprocessing,
+    Unreadable,
+    decode,
+    letterbox,
+    load,
+    picture,
+    read,
+)
 from aliprod.manifest import paths, read_json
 
 RNG = np.random.default_rng(0)
@@ -404,6 +415,14 @@ def test_what_only_the_machine_refuses_may_pass(tmp_path):
         5: "embedded null byte",
     }
     assert images.passing == {0, 1, 2, 3, 5}
+
+
+def test_a_figure_shows_an_empty_square_for_what_cannot_be_read_any_more(files):
+    np.testing.assert_array_equal(picture(files[0], NETWORK), load(Path(files[0]).read_bytes(), NETWORK))
+    Path(files[0]).unlink()
+    Path(files[1]).write_bytes(b"")
+    for file in files[:2]:
+        assert (picture(file, NETWORK) == NETWORK.fill).all()
 
 
 def test_of_what_is_no_picture_only_the_beginning_is_read(tmp_path):
