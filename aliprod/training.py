@@ -68,12 +68,13 @@ def train(
 ) -> Iterator[Report]:
     """Trains `model` by `row` on `source`, yielding a report an epoch and one at each checkpoint within it.
 
+    Without a `folder`, for rounds without val that nobody resumes, nothing is kept.
+
     Checkpoints go to `folder` at each epoch's end, every `checkpoint_steps` updates and when `stop` is set, after
     which the generator ends early. With `resume` it continues from the newest one there, first yielding again what
     was reported before it. When the round is complete the model holds the weights of the epoch with the highest
     MAP on `val` (without val: of the last), the moving average of them if the round asks for one. `levels` are those of
-    the classes in the product tree, for rounds that use it. Without a `folder` nothing is kept: for rounds that
-    nobody resumes, without val.
+    the classes in the product tree, for rounds that use it.
     """
     assert source.labels is not None
     assert folder or not val
@@ -242,21 +243,6 @@ def _order(rows: np.ndarray, labels: np.ndarray, row: Round, epoch: int) -> list
     return [shuffled[at * row.batch_size : (at + 1) * row.batch_size] for at in range(whole)]
 
 
-def _keep_best(folder: Path | None, learner: _Learner) -> None:
-    if folder:
-        _write(folder / "best.pt", learner.kept.state_dict())
-
-
-def _best(folder: Path | None, learner: _Learner) -> dict[str, torch.Tensor]:
-    """The weights that were kept; the last ones, where none were."""
-    if not folder:
-        return learner.kept.state_dict()
-    weights: dict[str, torch.Tensor] = torch.load(
-        folder / "best.pt", map_location=learner.model.device, weights_only=True
-    )
-    return weights
-
-
 def _save(folder: Path | None, learner: _Learner, sums: _EpochSums, row: Round, state: _State) -> None:
     if not folder:
         return
@@ -297,3 +283,18 @@ def _write(path: Path, value: Any) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     torch.save(value, beside)
     beside.replace(path)
+
+
+def _keep_best(folder: Path | None, learner: _Learner) -> None:
+    if folder:
+        _write(folder / "best.pt", learner.kept.state_dict())
+
+
+def _best(folder: Path | None, learner: _Learner) -> dict[str, torch.Tensor]:
+    """The weights that were kept; the last ones, where none were."""
+    if not folder:
+        return learner.kept.state_dict()
+    weights: dict[str, torch.Tensor] = torch.load(
+        folder / "best.pt", map_location=learner.model.device, weights_only=True
+    )
+    return weights
