@@ -81,7 +81,7 @@ def head_round(saved: Saved, precision: str) -> Round:
     fields = own | SCHEDULE | {"precision": precision}
     if fields.get("hierarchy") == "branches":  # which have no part in the classes' scores
         fields |= {"hierarchy": "none", "branch_stage": None, "level_weights": None}
-    return Round(**fields | ({"loss": "cross_entropy"} if fields["loss"] == "triplet" else {}))
+    return Round(**fields | ({"loss": "cross_entropy"} if fields.get("loss") == "triplet" else {}))
 
 
 def parts(table: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
