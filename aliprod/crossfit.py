@@ -77,10 +77,11 @@ def judge_map(answers: pd.DataFrame, table: pd.DataFrame) -> float:
 
 def head_round(saved: Saved, precision: str) -> Round:
     """The round that trains a head like the model's own on its frozen backbone."""
-    fields = saved.config["round"] | SCHEDULE | {"precision": precision}
+    own = saved.config.get("round") or {"name": "judge", "head": saved.model.head_options["kind"]}  # saved by hand
+    fields = own | SCHEDULE | {"precision": precision}
     if fields.get("hierarchy") == "branches":  # which have no part in the classes' scores
         fields |= {"hierarchy": "none", "branch_stage": None, "level_weights": None}
-    return Round(**fields | ({"loss": "cross_entropy"} if fields["loss"] == "triplet" else {}))
+    return Round(**fields | ({"loss": "cross_entropy"} if fields.get("loss") == "triplet" else {}))
 
 
 def parts(table: pd.DataFrame, folds: int, seed: int) -> np.ndarray:

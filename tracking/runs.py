@@ -47,7 +47,7 @@ class Run:
         self.id = run_id
         self.folder = folder
         self.spool = Spool(folder, run_id, mlflow.get_tracking_uri())
-        self._report_errors: list[str] = []
+        self._report_errors: dict[str, str] = {}  # report's name -> why it is missing
 
     def tags(self, values: dict[str, Any]) -> None:
         """Tags; keys without a dot of their own get the project's prefix."""
@@ -107,12 +107,12 @@ class Run:
                 if self.spool.lost:
                     raise  # this machine keeps nothing any more, which is no report's fault
                 reason = " ".join(f"{name}: {type(error).__name__}: {error}".split())[:500]
-                self._report_errors.append(reason)
+                self._report_errors[name] = reason
                 print(f"warning: left out {reason}", flush=True)
 
         if self._report_errors:
-            self.text("\n".join(self._report_errors) + "\n", "report_errors.txt")
-            self.tags({"report_errors": "; ".join(self._report_errors)[:5000]})
+            self.text("\n".join(self._report_errors.values()) + "\n", "report_errors.txt")
+            self.tags({"report_errors": "; ".join(self._report_errors.values())[:5000]})
 
     def text(self, text: str, name: str) -> None:
         """A text as an artifact."""
