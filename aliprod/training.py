@@ -5,7 +5,6 @@ run resumed from a checkpoint ends with the weights of a run that was never stop
 """
 
 import hashlib
-import os
 import threading
 import time
 import zipfile
@@ -20,6 +19,7 @@ from timm.utils import ModelEmaV3
 from torch._dynamo.exc import TorchDynamoException
 
 from aliprod import InputError, metrics, optim
+from aliprod.atomic import replacing
 from aliprod.features import Features
 from aliprod.heads import Cosine
 from aliprod.hierarchy import Tree
@@ -417,6 +417,5 @@ def _restore(folder: Path | None, learner: _Learner, sums: _EpochSums, row: Roun
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(value, beside)
-    beside.replace(path)
+    with replacing(path) as beside:
+        torch.save(value, beside)
