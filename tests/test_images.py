@@ -218,7 +218,7 @@ XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.
         (PHOTO.convert("1"), "TIFF", {"compression": "group4"}),
         (PHOTO, "TIFF", {"compression": "jpeg"}),
     ],
-    ids=lambda value: getattr(value, "mode", str(value)),
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "".join(value) or "plain",
 )
 def test_photographs_are_turned_upright_as_pillow_turns_them(image, form, options, orientation):
     data = oriented(image, form, orientation, **options)
