@@ -55,9 +55,11 @@ def _run(main: Callable[..., None]) -> None:
 
             runs.claim(Path(sys.argv[0]).stem)
         given = vars(parser.parse_args(_paired(sys.argv[1:], parser.names)))
+        for name, parameter in parameters.items():
+            _check_text(name, given[name], parameter.annotation)
         given = places.place(given, {name: parameter.annotation for name, parameter in parameters.items()})
         for name, parameter in parameters.items():
-            _check(name, given[name], parameter.annotation)
+            _check_path(name, given[name], parameter.annotation)
         if "work" in given:
             sharing.open_to_group(Path(given["work"]))
         validate_call(config=FINITE)(main)(**given)
@@ -87,10 +89,14 @@ def _paired(arguments: list[str], names: list[str]) -> list[str]:
     return joined
 
 
-def _check(name: str, text: str | None, kind: Any) -> None:
-    """InputError if a parameter's value cannot be what it is for, whatever that is."""
-    if streams.plain(str(text)) != str(text) and name != "images":  # which are read whatever they are called
+def _check_text(name: str, text: str | None, kind: Any) -> None:
+    """InputError if a parameter's value is no text, as names of files need not be: photographs are read anyway."""
+    if streams.plain(str(text)) != str(text) and (name, kind) != ("images", str):
         raise InputError(f"{name} {text!r}: must be UTF-8")
+
+
+def _check_path(name: str, text: str | None, kind: Any) -> None:
+    """InputError if the value of a parameter that is a path names no place on this machine."""
     kind = (typing.get_args(kind) or (kind,))[0]
     if kind is Path and not text:
         raise InputError(f"{name} {text!r}: must be the path of a file or folder")
@@ -153,7 +159,7 @@ def data_folder_of(saved: "Iterable[Saved]", data: str, work: Path) -> Path:
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    line = reach.shown(" ".join(line.split()))
+    line = streams.plain(reach.shown(" ".join(line.split())))
     _note(status, line)
     print(line, file=sys.stderr)
     sys.exit(status)

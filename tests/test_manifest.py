@@ -380,7 +380,7 @@ def test_any_number_of_files_may_be_named_and_an_open_quote_is_refused(tmp_path)
     assert prediction.image_files(" ".join(files)) == files
     (tmp_path / "Lay's.jpg").touch()
     assert prediction.image_files(f"{tmp_path}/Lay's.jpg") == [f"{tmp_path}/Lay's.jpg"]
-    with pytest.raises(InputError, match=r"images \".+Lay's.jpg\": No closing quotation; put what holds spaces"):
+    with pytest.raises(InputError, match=r"images \".+Lay's.jpg\": No closing quotation; what holds spaces"):
         prediction.image_files(f"{files[0]} {tmp_path}/Lay's.jpg")
     with pytest.raises(InputError, match="classes .*: No closing quotation"):
         parameters.words("classes", "Lay's")
