@@ -172,7 +172,9 @@ def test_who_is_no_administrator_promotes_and_takes_back(team, client, monkeypat
     """In a registry of names of its own, as models.py knows two alone."""
     for name in ("EXTRACTOR", "CLASSIFIER"):
         monkeypatch.setattr(registry, name, f"{name.lower()}-of-users")
-    monkeypatch.setattr(registry, "USES", {registry.EXTRACTOR: "", registry.CLASSIFIER: ""})
+    names = registry.EXTRACTOR, registry.CLASSIFIER
+    monkeypatch.setattr(registry, "NAMES", names)
+    monkeypatch.setattr(registry, "USES", dict.fromkeys(names, ""))
     users = get_app_client("basic-auth", tracking_uri=team.uri)
     users.create_user("first", "first's password")
     users.create_user("second", "second's password")
@@ -192,16 +194,18 @@ def test_who_is_no_administrator_promotes_and_takes_back(team, client, monkeypat
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", f"{user}'s password")
 
     become("first")
-    assert registry.champion() is None
-    registry.follow()
-    assert registry.crown(models[0], None, {}, "", tmp_path)
-    assert registry.crown(models[1], registry.champion(), {}, "", tmp_path)
+    for name in names:
+        assert registry.champion(name) is None
+        registry.repair(tmp_path)
+        assert registry.crown(name, models[0], None, {}, "", tmp_path)
+        assert registry.crown(name, models[1], registry.champion(name), {}, "", tmp_path)
+
     become("second")
-    left, back = registry.rollback(tmp_path)
-    assert (left.version, back.version) == ("2", "1") and registry.champion().version == "1"
-    registry.follow()
-    third = registry.crown(models[1], registry.champion(), {}, "", tmp_path)
-    assert third and registry.champion().version == third.version
+    for left, back in registry.rollback(names, tmp_path):
+        assert (left.version, back.version) == ("2", "1") and registry.champion(left.name).version == "1"
+        registry.repair(tmp_path)
+        third = registry.crown(left.name, models[1], registry.champion(left.name), {}, "", tmp_path)
+        assert third and registry.champion(left.name).version == third.version
 
 
 def test_a_run_goes_to_postgresql_and_s3_and_comes_back_equal(team, client, tmp_path):
