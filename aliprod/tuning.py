@@ -5,7 +5,6 @@ which trials there are and who has which: a trial that nobody hears of any more 
 """
 
 import contextlib
-import math
 import random
 import sys
 import tempfile
@@ -110,8 +109,6 @@ class Trial:
     def _value(self) -> float:
         if self._objective not in self.scores:
             raise InputError(f"objective {self._objective!r}: val has no such score; it has {', '.join(self.scores)}")
-        if not math.isfinite(self.score):
-            raise ArithmeticError(f"{self._objective} is {self.score} at epoch {self.epoch}")
         return self.score
 
 

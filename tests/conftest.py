@@ -51,6 +51,13 @@ def row() -> recipe.Round:
     )
 
 
+@pytest.fixture(autouse=True)
+def no_run_of_others(monkeypatch) -> None:
+    """No test is within a run or an experiment that another has named; MLflow itself leaves them in the environment."""
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory) -> Path:
     """An SQLite store without runs; making one takes seconds, copying it none."""
@@ -63,8 +70,6 @@ def empty_store(tmp_path_factory) -> Path:
 def store(empty_store, tmp_path, monkeypatch) -> MlflowClient:
     """The client of an SQLite store of its own, as `mlflow run` uses by default."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):  # logging a model sets the second
-        monkeypatch.delenv(name, raising=False)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     mlflow.set_tracking_uri(None)  # first, as it drops the variable
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")

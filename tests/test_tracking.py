@@ -181,7 +181,7 @@ def wrapped(error: Exception) -> MlflowException:
         (MlflowException("", error_code=databricks_pb2.BAD_REQUEST), "refused"),
         (requests.ConnectionError(), "away"),
         (requests.HTTPError(response=SimpleNamespace(status_code=503)), "away"),
-        (requests.HTTPError(response=SimpleNamespace(status_code=413)), "local"),
+        (requests.HTTPError(response=SimpleNamespace(status_code=413)), "refused"),
         (EndpointConnectionError(endpoint_url="http://s3"), "away"),
         (FileNotFoundError("gone.png"), "local"),
     ],
