@@ -303,13 +303,16 @@ def test_memory_stays_flat(serving, photographs, requests):
     assert last < 1.03 * second, f"{second / 2**20:.0f} MiB, later {last / 2**20:.0f} MiB"
 
 
+NAMED = "127.1"  # a name of this machine that is no address, and known where there is no list of hosts
+
+
 def test_urls_are_fetched_from_allowed_hosts_alone(host, photographs, monkeypatch):
     here = f"127.0.0.1:{host.server_port}"
-    limits = Limits(url_hosts=frozenset([here, f"localhost:{host.server_port}"]), max_bytes=MAX_BYTES)
+    limits = Limits(url_hosts=frozenset([here, f"{NAMED}:{host.server_port}"]), max_bytes=MAX_BYTES)
     asked = {
         f"http://{here}/photograph.jpg": "",
         f"HTTP://{here}": "",
-        f"http://localhost:{host.server_port}/photograph.jpg": "",
+        f"http://{NAMED}:{host.server_port}/photograph.jpg": "",
         f"http://{here}/moved": "the URL cannot be fetched: 302 Found; redirects are not followed",
         f"http://{here}/gone": "the URL cannot be fetched: 404 Not Found",
         f"http://{here}/cut": "the URL cannot be fetched: 9 bytes are missing at its end",
@@ -331,8 +334,8 @@ def test_urls_are_fetched_from_allowed_hosts_alone(host, photographs, monkeypatc
     monkeypatch.setattr(intake, "PATIENCE", 2.0)
     _, reasons = limits.take([f"http://{here}/slow", f"http://{here}/silent"])
     assert list(reasons.values()) == ["the URL cannot be fetched: not done after 2 seconds"] * 2
-    alone = Limits(url_hosts=frozenset([f"localhost:{host.server_port}"]))
-    _, reasons = alone.take([f"http://localhost:{host.server_port}/photograph.jpg"])
+    alone = Limits(url_hosts=frozenset([f"{NAMED}:{host.server_port}"]))
+    _, reasons = alone.take([f"http://{NAMED}:{host.server_port}/photograph.jpg"])
     assert "at 127.0.0.1, an address that is not allowed here" in reasons[0] or "at ::1" in reasons[0]
     assert "not allowed here" in Limits().take([f"http://{here}/photograph.jpg"])[1][0]
 
@@ -369,9 +372,9 @@ def test_what_drips_is_given_up_wherever_it_does(monkeypatch):
 
 def test_https_is_fetched_from_whom_the_certificate_is_of(tmp_path, monkeypatch):
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAMED)])
     made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
-    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName(NAMED)]), critical=False)
     none = serialization.NoEncryption()
     secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, none)
     certificate = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
@@ -392,7 +395,7 @@ def test_https_is_fetched_from_whom_the_certificate_is_of(tmp_path, monkeypatch)
 
     with Host(("127.0.0.1", 0), Greet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        hosts = [f"{name}:{server.server_address[1]}" for name in ("localhost", "127.0.0.1")]
+        hosts = [f"{name}:{server.server_address[1]}" for name in (NAMED, "127.0.0.1")]
         limits = Limits(url_hosts=frozenset([*hosts, "127.0.0.1"]))
         urls = [f"https://{host}/photograph" for host in hosts]
         strange = limits.take(urls[:1])
