@@ -43,26 +43,15 @@ def command(main: Callable[..., None]) -> None:
 def _run(main: Callable[..., None]) -> None:
     interruption.raise_on_signals()
     reach.prepare()
-    parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
-    parser.names = list(inspect.signature(main).parameters)
-    parameters = inspect.signature(main).parameters
-    for name, parameter in parameters.items():
-        required = parameter.default is inspect.Parameter.empty
-        parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
     try:
         if os.environ.get("MLFLOW_RUN_ID"):
             from tracking import runs  # of MLflow, which takes a second to import
 
             runs.claim(Path(sys.argv[0]).stem)
-        given = vars(parser.parse_args(_paired(sys.argv[1:], parser.names)))
-        for name, parameter in parameters.items():
-            _check_text(name, given[name], parameter.annotation)
-        given = places.place(given, {name: parameter.annotation for name, parameter in parameters.items()})
-        for name, parameter in parameters.items():
-            _check_path(name, given[name], parameter.annotation)
-        if "work" in given:
-            sharing.open_to_group(Path(given["work"]))
-        validate_call(config=FINITE)(main)(**given)
+        values = _values(main)
+        if "work" in values:
+            sharing.open_to_group(Path(values["work"]))
+        validate_call(config=FINITE)(main)(**values)
     except ValidationError as error:
         first = error.errors()[0]
         _exit(2, f"{first['loc'][0]} {first['input']!r}: {first['msg']}")
@@ -78,6 +67,25 @@ def _run(main: Callable[..., None]) -> None:
         _exit(2, line)
     except KeyboardInterrupt as stop:
         _exit(130, f"stopped{stop}")
+
+
+def _values(main: Callable[..., None]) -> dict[str, Any]:
+    """The parameters of `main` as they stand on the command line, paths that were left open in their place."""
+    parameters = inspect.signature(main).parameters
+    parser = _Parser(description=inspect.getdoc(main), allow_abbrev=False)
+    parser.names = list(parameters)
+    for name, parameter in parameters.items():
+        required = parameter.default is inspect.Parameter.empty
+        parser.add_argument(f"--{name}", required=required, default=None if required else parameter.default)
+    values = vars(parser.parse_args(_paired(sys.argv[1:], parser.names)))
+
+    kinds = {name: parameter.annotation for name, parameter in parameters.items()}
+    for name, kind in kinds.items():
+        _check_text(name, values[name], kind)
+    values = places.place(values, kinds)
+    for name, kind in kinds.items():
+        _check_path(name, values[name], kind)
+    return values
 
 
 def _paired(arguments: list[str], names: list[str]) -> list[str]:
