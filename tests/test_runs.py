@@ -285,25 +285,20 @@ def test_a_checkpoint_is_copied_where_it_cannot_be_linked(tmp_path):
     assert (tmp_path / "link").samefile(tmp_path / "copy")
 
 
-def test_who_waits_for_a_lock_says_so_and_then_has_it(tmp_path, capsys):
-    waiting, had = threading.Event(), []
-
-    def wait() -> None:
-        waiting.set()
-        with sharing.locked(tmp_path / "lock", "the thing"):
-            had.append(2)
-
-    with sharing.locked(tmp_path / "lock"):
-        with pytest.raises(sharing.Busy), sharing.locked(tmp_path / "lock", wait=False):
+def test_who_waits_for_a_lock_says_so_and_then_has_it(tmp_path):
+    lock = tmp_path / "lock"
+    code = f"""
+from pathlib import Path
+from aliprod.sharing import locked
+with locked(Path({str(lock)!r}), "the thing"):
+    print("has it")
+"""
+    with sharing.locked(lock):
+        with pytest.raises(sharing.Busy), sharing.locked(lock, wait=False):
             pass
-        thread = threading.Thread(target=wait)
-        thread.start()
-        said = ""
-        while not said and thread.is_alive():
-            said = capsys.readouterr().out
-        had.append(1)
-    thread.join()
-    assert had == [1, 2] and said == "the thing: waiting for another process\n"
+        other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "the thing: waiting for another process\n"
+    assert other.communicate(timeout=60)[0] == "has it\n" and other.returncode == 0
 
 
 def test_what_replaces_a_file_is_as_open_as_the_umask_has_it(tmp_path):
