@@ -13,7 +13,7 @@ help:     ## List the targets
 demo: $(READY)     ## Render the demo catalogue, train its recogniser, say where the results are
 	mlflow run . -e train --env-manager local --experiment-name demo
 
-test: $(READY)     ## Run the tests (about 5 minutes)
+test: $(READY)     ## Run the tests (some 8 minutes on 2 cores)
 	OMP_NUM_THREADS=1 pytest -n logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 test-all: test     ## Run the slow tests too
